@@ -1,0 +1,207 @@
+"""The two losses of "Decoupled Contrastive Learning for Long-Tailed Recognition" (AAAI 2024).
+
+dscl_loss       decoupled supervised contrastive loss; alpha=None is the plain SCL it corrects
+pbsd_loss       patch-based self distillation
+bank_attention  what both are made of: softmax attention of N embeddings over a bank of K
+
+All embeddings are L2-normalised rows. Time is O(N K D) and memory O(N D): no [N, K] matrix is ever
+stored, forward or backward. The file needs torch alone; copy it.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+class _BankAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, bank, temperature):
+        # Blocks of logits that stay in a CPU's cache, or that keep a GPU busy with few launches.
+        rows, columns = (512, 512) if query.device.type == "cpu" else (4096, 4096)
+        logsumexp = query.new_empty(len(query))
+        mean = torch.empty_like(query)
+        for start in range(0, len(query), rows):
+            block = query[start : start + rows] / temperature
+            top = block.new_full((len(block), 1), -torch.inf)  # running maximum of the logits
+            total = block.new_zeros(len(block), 1)  # sum over m of exp(logit - top)
+            weighted = torch.zeros_like(block)  # sum over m of exp(logit - top) z_m
+            for chunk in bank.split(columns):
+                logits = block @ chunk.T  # [rows, columns]
+                last, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
+                rescale = (last - top).exp_()
+                weights = logits.sub_(top).exp_()
+                total.mul_(rescale).add_(weights.sum(1, keepdim=True))
+                weighted.mul_(rescale).addmm_(weights, chunk)
+            logsumexp[start : start + rows] = (total.log() + top).squeeze(1)
+            mean[start : start + rows] = weighted / total
+        ctx.save_for_backward(mean)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(mean)
+        return logsumexp, mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logsumexp, _):
+        (mean,) = ctx.saved_tensors
+        return grad_logsumexp[:, None] * mean / ctx.temperature, None, None
+
+
+def bank_attention(query, bank, *, temperature=0.07):
+    """Softmax attention of each query over a constant bank, in chunks.
+
+    query [N, D], bank [K, D]: rows of any length, though both losses pass unit vectors.
+    Returns (logsumexp [N], mean [N, D]) over the bank entries z_m:
+
+        logsumexp = log sum_m exp(q.z_m / temperature)
+        mean      = sum_m p(z_m|q) z_m,   p(z_m|q) = softmax over m of q.z_m / temperature
+
+    `logsumexp` is differentiable in the query, once, at no extra cost: its gradient is exactly
+    mean / temperature. `mean` and the bank are constants. An empty bank gives -inf and 0.
+    ValueError if the shapes disagree or temperature is not positive.
+    """
+    _check_temperature(temperature)
+    _check_shape("query", query, (None, None))
+    _check_shape("bank", bank, (None, query.shape[1]))
+    query, bank = _full_precision(query, bank)
+    with torch.autocast(query.device.type, enabled=False):
+        if not len(bank):
+            return query.new_full((len(query),), -torch.inf), torch.zeros_like(query)
+        return _BankAttention.apply(query, bank.detach(), temperature)
+
+
+def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature=0.07):
+    """Decoupled supervised contrastive loss, the paper's DSCL, mean over the anchors.
+
+        L_i = logsumexp_m(z_m.z_i / tau) - a z_i+.z_i / tau - (1 - a) mean_{t in P_i} z_t.z_i / tau
+
+    The contrast set m is the other queries, all keys and the queue. P_i, the anchor's class mates,
+    are those of its label other than itself and its own key z_i+. The share a of the own key is
+    `alpha` for every class size, 1 where P_i is empty; alpha=None sets a = 1 / (|P_i| + 1): SCL.
+
+    query [B, D]         embeddings z_i; gradient flows to them as anchors and as contrast
+    key [B, D]           momentum embeddings z_i+ of the same images; constant
+    labels [B]           integer classes of both
+    queue [K, D]         past keys, filled slots only, K may be 0; constant
+    queue_labels [K]     their classes
+    alpha                in [0, 1] or None
+    temperature          tau > 0
+
+    Computed in float32 (float64 if the query is), also under autocast. ValueError names a bad
+    argument.
+    """
+    _check_temperature(temperature)
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
+    _check_shape("query", query, (None, None), nonempty=True)
+    size, dim = query.shape
+    _check_shape("key", key, (size, dim))
+    _check_shape("queue", queue, (None, dim))
+    _check_labels("labels", labels, size)
+    _check_labels("queue_labels", queue_labels, len(queue))
+    query, key, queue = _full_precision(query, key.detach(), queue.detach())
+
+    with torch.autocast(query.device.type, enabled=False):
+        # The batch as contrast: small and dense, because its queries carry gradient.
+        itself = torch.eye(size, dtype=torch.bool, device=query.device)
+        batch_logits = query @ torch.cat([query, key]).T / temperature  # [B, 2B]
+        own_logit = batch_logits[:, size:].diagonal()  # [B] z_i+.z_i / tau
+        anchors = torch.cat([itself, torch.zeros_like(itself)], dim=1)  # [B, 2B]
+        batch_logsumexp = batch_logits.masked_fill(anchors, -torch.inf).logsumexp(1)  # [B]
+        queue_logsumexp, _ = bank_attention(query, queue, temperature=temperature)  # [B]
+        logsumexp = torch.logaddexp(batch_logsumexp, queue_logsumexp)
+
+        # The sum over P_i: a mask in the batch, a per-class sum of the queue.
+        mates = ((labels[:, None] == labels) & ~itself).to(query.dtype).repeat(1, 2)  # [B, 2B]
+        class_sum, class_count = _class_sums(labels, queue, queue_labels)  # [B, D], [B]
+        queue_pull = (query * class_sum).sum(1) / temperature  # [B]
+        pull = (batch_logits * mates).sum(1) + queue_pull  # [B] sum over P_i of z_t.z_i / tau
+        positives = mates.sum(1) + class_count  # [B] |P_i|
+
+        if alpha is None:
+            share = 1 / (positives + 1)
+        else:
+            share = torch.where(positives > 0, alpha, 1.0)
+        mean_pull = pull / positives.clamp(min=1)
+        return (logsumexp - share * own_logit - (1 - share) * mean_pull).mean()
+
+
+def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
+    """Patch-based self distillation, the paper's PBSD, mean over patches and images.
+
+        L_i = 1/L sum_j sum_t -p(z_t|c_i[j]) log p(z_t|s_i[j])
+
+    p(z_t|.) is the softmax over the image's own key and the queue; labels play no part.
+    The cross-entropy needs the teacher's distribution only through its mean A(c) of the bank:
+    logsumexp(s) - s.A(c) / tau, with gradient (A(s) - A(c)) / tau.
+
+    roi [L, B, D]        region embeddings c_i[j] of the query view, the teacher; constant
+    patch [L, B, D]      embeddings s_i[j] of the same regions as patches, the student; gradient
+    key [B, D]           momentum embeddings z_i+; constant
+    queue [K, D]         past keys, filled slots only, K may be 0; constant
+    temperature          tau > 0
+
+    Computed in float32 (float64 if the patch is), also under autocast. ValueError names a bad
+    argument.
+    """
+    _check_temperature(temperature)
+    _check_shape("patch", patch, (None, None, None), nonempty=True)
+    count, size, dim = patch.shape
+    _check_shape("roi", roi, (count, size, dim))
+    _check_shape("key", key, (size, dim))
+    _check_shape("queue", queue, (None, dim))
+    patch, roi, key, queue = _full_precision(patch, roi.detach(), key.detach(), queue.detach())
+
+    with torch.autocast(patch.device.type, enabled=False):
+        # Teacher and student walk over the queue together: rows of both, then their own key.
+        both = torch.stack([roi, patch])  # [2, L, B, D]
+        logsumexp, mean = bank_attention(both.flatten(0, 2), queue, temperature=temperature)
+        teacher_logsumexp, student_logsumexp = logsumexp.view(2, count, size)
+        own_teacher = (roi * key).sum(2) / temperature  # [L, B] z_i+.c_i[j] / tau
+        own_student = (patch * key).sum(2) / temperature  # [L, B]
+
+        # A(c) over queue and own key: p(z_i+|c) is a sigmoid of the two log-weights.
+        own_share = (own_teacher - teacher_logsumexp.detach()).sigmoid()[..., None]  # [L, B, 1]
+        teacher_mean = torch.lerp(mean.view(2, count, size, dim)[0], key.expand_as(roi), own_share)
+        logsumexp = torch.logaddexp(student_logsumexp, own_student)  # [L, B]
+        return (logsumexp - (patch * teacher_mean).sum(2) / temperature).mean()
+
+
+def _class_sums(labels, queue, queue_labels):
+    """Sum [B, D] and number [B] of the queue entries of each anchor's class, without a [B, K] mask."""
+    labels, queue_labels = labels.long(), queue_labels.long()
+    classes, _ = labels.sort()
+    slot = torch.searchsorted(classes, queue_labels).clamp(max=len(classes) - 1)  # [K]
+    slot = torch.where(classes[slot] == queue_labels, slot, len(classes))  # last row: other classes
+    sums = queue.new_zeros(len(classes) + 1, queue.shape[1]).index_add_(0, slot, queue)
+    counts = queue.new_zeros(len(classes) + 1).index_add_(0, slot, queue.new_ones(len(slot)))
+    anchor = torch.searchsorted(classes, labels)  # [B]
+    return sums[anchor], counts[anchor]
+
+
+def _full_precision(*tensors):
+    """Lift half precision to float32; what stands with a float64 first tensor becomes float64."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _check_temperature(temperature):
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def _check_shape(name, tensor, shape, nonempty=False):
+    expected = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+    if tensor.ndim != len(shape) or any(
+        size not in (None, actual) for size, actual in zip(shape, tensor.shape)
+    ):
+        raise ValueError(f"{name} must have shape {expected}, got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be of a float type, got {tensor.dtype}")
+    if nonempty and not tensor.numel():
+        raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
+
+
+def _check_labels(name, labels, size):
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} must be of an integer type, got {labels.dtype}")
+    if labels.shape != (size,):
+        raise ValueError(f"{name} must have shape [{size}], got {list(labels.shape)}")

@@ -1,0 +1,191 @@
+"""What DSCL + PBSD trains: an encoder, its moving average, and the queue of past keys.
+
+Encoder          backbone + projection head: pictures, patches and regions to unit embeddings
+MomentumEncoder  its exponential moving average, which makes the keys
+Queue            first-in-first-out memory of keys and labels
+"""
+
+import copy
+from collections import OrderedDict
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import roi_align
+
+ARCHS = ("resnet_small", "resnet18", "resnet50", "resnet152", "resnext50_32x4d")
+
+
+def build_backbone(arch):
+    """A ResNet up to its last feature map, and the channels of that map.
+
+    Module names are torchvision's (conv1, bn1, layer1, ...), so weights move both ways.
+    """
+    if arch == "resnet_small":
+        return resnet_small()
+    if arch not in ARCHS:
+        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch}")
+    resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
+    layers = [(name, m) for name, m in resnet.named_children() if name not in ("avgpool", "fc")]
+    return nn.Sequential(OrderedDict(layers)), resnet.fc.in_features
+
+
+def resnet_small(width=32, blocks=1):
+    """ResNet for pictures of 28 to 32 pixels: 3x3 stem, three stages, stride 4 in all.
+
+    The ResNet-20 of He et al. (2016), section 4.2, is width=16, blocks=3.
+    """
+
+    def stage(inputs, outputs, stride):
+        shortcut = None
+        if stride != 1:
+            shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        first = BasicBlock(inputs, outputs, stride, shortcut)
+        return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))
+
+    backbone = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, width, 3, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(width),
+            relu=nn.ReLU(inplace=True),
+            layer1=stage(width, width, 1),
+            layer2=stage(width, 2 * width, 2),
+            layer3=stage(2 * width, 4 * width, 2),
+        )
+    )
+    for module in backbone.modules():  # as torchvision initialises its ResNets
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, BasicBlock):
+            nn.init.zeros_(module.bn2.weight)
+    return backbone, 4 * width
+
+
+class Encoder(nn.Module):
+    """Backbone f and projection head g: the embedding is normalise(g(f(x))) (METHOD of the paper).
+
+    arch: one of ARCHS; dim: of the embedding.
+    """
+
+    def __init__(self, arch, dim=128):
+        super().__init__()
+        self.backbone, self.channels = build_backbone(arch)
+        self.head = nn.Sequential(
+            nn.Linear(self.channels, self.channels), nn.ReLU(inplace=True), nn.Linear(self.channels, dim)
+        )
+
+    def forward(self, images, patches=None):
+        """images [B, 3, H, W] to (embedding [B, dim], feature map [B, channels, h, w]).
+
+        With patches [L, B, 3, S, S] a third result, their embeddings [L, B, dim]: one pass for all
+        L patches of the batch. Patches leave the running statistics of BatchNorm alone, so that
+        these describe whole views.
+        """
+        feature_map = self.backbone(images)
+        embedding = self.embed(feature_map.mean((2, 3)))
+        if patches is None:
+            return embedding, feature_map
+        with frozen_running_statistics(self.backbone):
+            patch_map = self.backbone(patches.flatten(0, 1))
+        return embedding, feature_map, self.embed(patch_map.mean((2, 3))).unflatten(0, patches.shape[:2])
+
+    def embed(self, features):
+        """Pooled features [..., channels] to unit embeddings [..., dim]; float32 even in autocast."""
+        return F.normalize(self.head(features).float(), dim=-1)
+
+    def embed_regions(self, feature_map, boxes, view_size):
+        """Embeddings c_i[j] [L, B, dim] of regions, from one feature map a picture (PBSD's teacher).
+
+        feature_map [B, channels, h, w] of square views of `view_size` pixels; boxes [L, B, 4] as
+        x1, y1, x2, y2 in pixels of the view. RoIAlign to 2 x 2 bins and their mean.
+        """
+        count, size, _ = boxes.shape
+        rows = torch.arange(size, device=boxes.device, dtype=boxes.dtype).repeat(count)
+        regions = roi_align(
+            feature_map.float(),
+            torch.cat([rows[:, None], boxes.flatten(0, 1)], dim=1),
+            output_size=2,
+            spatial_scale=feature_map.shape[-1] / view_size,
+            aligned=True,
+        )
+        return self.embed(regions.mean((2, 3))).unflatten(0, (count, size))
+
+
+@contextmanager
+def frozen_running_statistics(module):
+    """BatchNorm normalises by the batch as in training, but its running statistics stand still."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracked = [m.track_running_stats for m in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+    yield
+    for norm, track in zip(norms, tracked):
+        norm.track_running_stats = track
+
+
+class MomentumEncoder(nn.Module):
+    """Exponential moving average of an encoder: theta_key <- m theta_key + (1 - m) theta_query.
+
+    Only parameters are averaged. BatchNorm normalises keys by their own batch, and its buffers
+    are those of the key views it saw itself.
+    """
+
+    def __init__(self, encoder, momentum):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.average = get_ema_multi_avg_fn(momentum)
+
+    @torch.no_grad()
+    def update(self, encoder):
+        """One step of the average, a single fused operation on all parameters."""
+        self.average(list(self.encoder.parameters()), list(encoder.parameters()), None)
+
+    @torch.no_grad()
+    def forward(self, images):
+        """images [B, 3, H, W] to keys [B, dim], without gradient."""
+        return self.encoder(images)[0]
+
+
+class Queue(nn.Module):
+    """The last `size` keys and their labels, first in, first out; any batch size.
+
+    Slots that were never written are never given: `keys` [K, dim] and `labels` [K] grow from
+    empty to `size`. All of it is part of the state dict.
+    """
+
+    def __init__(self, size, dim):
+        super().__init__()
+        self.size = size
+        self.written = 0  # keys ever put in; a host integer, so that no step waits for the device
+        self.register_buffer("key_slots", torch.zeros(size, dim))
+        self.register_buffer("label_slots", torch.zeros(size, dtype=torch.long))
+
+    @property
+    def keys(self):
+        return self.key_slots[: self.written]
+
+    @property
+    def labels(self):
+        return self.label_slots[: self.written]
+
+    @torch.no_grad()
+    def put(self, keys, labels):
+        """keys [B, dim] and labels [B] take the place of the oldest; of B > size the last stay."""
+        start = self.written + max(len(keys) - self.size, 0)
+        self.written += len(keys)
+        slots = torch.arange(start, self.written, device=keys.device) % max(self.size, 1)
+        stay = len(keys) - len(slots)
+        self.key_slots[slots] = keys[stay:]
+        self.label_slots[slots] = labels[stay:]
+
+    def get_extra_state(self):
+        return self.written
+
+    def set_extra_state(self, written):
+        self.written = written

@@ -1,0 +1,48 @@
+"""Builds tests/fashion_mnist_lt.npz from the original IDX files; the same bytes every time.
+
+    python tests/build_fashion_mnist_lt.py DIRECTORY
+
+DIRECTORY holds train-images-idx3-ubyte.gz and the three other files of Fashion-MNIST (MIT licence,
+beside this file), as in Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist.
+Training pictures 1000 to 10 a class by the field's formula, 100 a class of the unused ones for
+validation, the full test set.
+"""
+
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import long_tailed_counts, long_tailed_indices
+
+
+def read_idx(path):
+    """An IDX file of unsigned bytes as an array: magic 0, 0, 8, rank; big-endian sizes; data."""
+    content = gzip.decompress(path.read_bytes())
+    rank = content[3]
+    shape = np.frombuffer(content, ">i4", rank, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def main(source):
+    arrays = {
+        f"{split}_{kind}": read_idx(source / f"{name}-{kind}-idx{rank}-ubyte.gz")
+        for split, name in (("train", "train"), ("test", "t10k"))
+        for kind, rank in (("images", 3), ("labels", 1))
+    }
+    images, labels = arrays["train_images"], arrays["train_labels"]
+    chosen, unused = long_tailed_indices(labels, long_tailed_counts(1000, 10, 1 / 100))
+    for split, indices in (("train", chosen), ("val", [rest[:100] for rest in unused])):
+        indices = np.concatenate(indices)
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[indices], labels[indices]
+    target = Path(__file__).with_name("fashion_mnist_lt.npz")
+    np.savez_compressed(target, **{name: arrays[name] for name in sorted(arrays)})
+    print(target, target.stat().st_size, "bytes")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))
