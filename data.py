@@ -23,8 +23,8 @@ DATASETS = {
         std=(0.353, 0.353, 0.353),
         workers=0,
         # views and patches
-        view_size=28,
-        patch_size=12,
+        view_size=20,
+        patch_size=8,
         crop_scale=(0.08, 1.0),  # of the picture's area
         patch_scale=(0.05, 0.6),  # of the query view's area
         query_jitter=(0.4, 0.4, 0.4, 0.1),  # brightness, contrast, saturation, hue

@@ -119,7 +119,7 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
         if alpha is None:
             share = 1 / (positives + 1)
         else:
-            share = torch.where(positives > 0, alpha, 1.0)
+            share = torch.full_like(positives, alpha).masked_fill(positives == 0, 1)
         mean_pull = pull / positives.clamp(min=1)
         return (logsumexp - share * own_logit - (1 - share) * mean_pull).mean()
 

@@ -68,39 +68,44 @@ def resnet_small(width=32, blocks=1):
 
 
 class Encoder(nn.Module):
-    """Backbone f and projection head g: the embedding is normalise(g(f(x))) (METHOD of the paper).
+    """Backbone f and projection head g: the embedding of x is normalise(g(f(x))), float32.
 
-    arch: one of ARCHS; dim: of the embedding.
+    arch is one of ARCHS, dim that of the embedding. With `classes` the head is a linear classifier
+    and gives its logits instead: the cross-entropy baseline.
     """
 
-    def __init__(self, arch, dim=128):
+    def __init__(self, arch, dim=128, classes=None):
         super().__init__()
-        self.backbone, self.channels = build_backbone(arch)
-        self.head = nn.Sequential(
-            nn.Linear(self.channels, self.channels), nn.ReLU(inplace=True), nn.Linear(self.channels, dim)
-        )
+        self.backbone, channels = build_backbone(arch)
+        self.dim = classes or dim
+        if classes:
+            self.head = nn.Linear(channels, classes)
+        else:
+            self.head = nn.Sequential(
+                nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, dim), UnitLength()
+            )
 
     def forward(self, images, patches=None):
-        """images [B, 3, H, W] to (embedding [B, dim], feature map [B, channels, h, w]).
+        """images [B, 3, H, W] to (embedding [B, dim], feature map [B, channels, h, w], None).
 
-        With patches [L, B, 3, S, S] a third result, their embeddings [L, B, dim]: one pass for all
-        L patches of the batch. Patches leave the running statistics of BatchNorm alone, so that
-        these describe whole views.
+        With patches [L, B, 3, S, S] the third is their embeddings [L, B, dim]: one pass for all L
+        patches of the batch. It leaves BatchNorm's running statistics alone, so that these describe
+        whole views.
         """
         feature_map = self.backbone(images)
-        embedding = self.embed(feature_map.mean((2, 3)))
+        embedding = self.embed(feature_map)
         if patches is None:
-            return embedding, feature_map
+            return embedding, feature_map, None
         with frozen_running_statistics(self.backbone):
             patch_map = self.backbone(patches.flatten(0, 1))
-        return embedding, feature_map, self.embed(patch_map.mean((2, 3))).unflatten(0, patches.shape[:2])
+        return embedding, feature_map, self.embed(patch_map).unflatten(0, patches.shape[:2])
 
-    def embed(self, features):
-        """Pooled features [..., channels] to unit embeddings [..., dim]; float32 even in autocast."""
-        return F.normalize(self.head(features).float(), dim=-1)
+    def embed(self, feature_map):
+        """Embedding of the mean over a feature map [N, channels, h, w]: [N, dim]."""
+        return self.head(feature_map.mean((2, 3)))
 
     def embed_regions(self, feature_map, boxes, view_size):
-        """Embeddings c_i[j] [L, B, dim] of regions, from one feature map a picture (PBSD's teacher).
+        """Embeddings c_i[j] [L, B, dim] of regions of each picture's feature map: PBSD's teacher.
 
         feature_map [B, channels, h, w] of square views of `view_size` pixels; boxes [L, B, 4] as
         x1, y1, x2, y2 in pixels of the view. RoIAlign to 2 x 2 bins and their mean.
@@ -114,7 +119,14 @@ class Encoder(nn.Module):
             spatial_scale=feature_map.shape[-1] / view_size,
             aligned=True,
         )
-        return self.embed(regions.mean((2, 3))).unflatten(0, (count, size))
+        return self.embed(regions).unflatten(0, (count, size))
+
+
+class UnitLength(nn.Module):
+    """L2-normalise rows, in float32 even under autocast."""
+
+    def forward(self, rows):
+        return F.normalize(rows.float(), dim=-1)
 
 
 @contextmanager

@@ -1,0 +1,155 @@
+"""Speed and memory, side by side in one run, on this machine.
+
+    python tests/benchmark.py losses        # both losses against a dense implementation
+    python tests/benchmark.py losses --device cuda
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from losses import dscl_loss, pbsd_loss
+
+BATCH, QUEUE, DIM, PATCHES, CLASSES = 256, 65536, 128, 5, 1000
+
+
+def dense_losses(query, key, labels, queue, queue_labels, roi, patch, alpha=0.1, temperature=0.07):
+    """DSCL and PBSD written out with masks and [B, K] matrices, as the published code has them."""
+    size = len(query)
+    contrast = torch.cat([query, key, queue])
+    mask = (labels[:, None] == torch.cat([labels, labels, queue_labels])).float()
+    others = torch.ones_like(mask).fill_diagonal_(0)
+    own = torch.zeros_like(mask)
+    own[torch.arange(size), torch.arange(size) + size] = 1
+    mates = mask * others - own
+    count = mates.sum(1, keepdim=True)
+    share = torch.where(count > 0, alpha, 1.0)
+    weights = share * own + (1 - share) * mates / count.clamp(min=1)
+    logits = query @ contrast.T / temperature
+    logits = logits - logits.max(dim=1, keepdim=True).values.detach()
+    log_total = (logits.exp() * others).sum(1, keepdim=True).log()
+    dscl = -((logits - log_total) * weights).sum(1).mean()
+
+    def bank_logits(embedding):
+        own_logit = (embedding * key).sum(-1, keepdim=True)
+        return torch.cat([own_logit, embedding @ queue.T], dim=-1) / temperature
+
+    teacher = bank_logits(roi).softmax(-1)
+    return dscl, -(teacher * bank_logits(patch).log_softmax(-1)).sum(-1).mean()
+
+
+def our_losses(query, key, labels, queue, queue_labels, roi, patch):
+    return dscl_loss(query, key, labels, queue, queue_labels), pbsd_loss(roi, patch, key, queue)
+
+
+SIDES = {"dense": dense_losses, "ours": our_losses}
+
+
+def inputs(device):
+    torch.manual_seed(0)
+
+    def unit(*shape):
+        return F.normalize(torch.randn(*shape), dim=-1).to(device)
+
+    labels, queue_labels = (torch.randint(CLASSES, (n,)).to(device) for n in (BATCH, QUEUE))
+    query, patch = unit(BATCH, DIM).requires_grad_(), unit(PATCHES, BATCH, DIM).requires_grad_()
+    roi = unit(PATCHES, BATCH, DIM)
+    return query, unit(BATCH, DIM), labels, unit(QUEUE, DIM), queue_labels, roi, patch
+
+
+def forward_backward(side, tensors):
+    """One step of a side: its two losses and the gradients of query and patch."""
+    query, patch = tensors[0], tensors[-1]
+    query.grad = patch.grad = None
+    values = SIDES[side](*tensors)
+    sum(values).backward()
+    if query.is_cuda:
+        torch.cuda.synchronize()
+    return [value.item() for value in values], query.grad, patch.grad
+
+
+def peak_megabytes(side, device):
+    """Peak memory of one step above its inputs; on the CPU that of a fresh process."""
+    tensors = inputs(device)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        forward_backward(side, tensors)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    # Threads, matrix multiplication and autograd load their code on a problem of another size.
+    small = [t.detach()[..., :64, :].clone() if t.is_floating_point() else t[:64] for t in tensors]
+    small[0].requires_grad_(), small[-1].requires_grad_()
+    forward_backward(side, small)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forward_backward(side, tensors)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+
+
+def losses(args):
+    tensors = inputs(args.device)
+    results = {side: forward_backward(side, tensors) for side in SIDES}
+    times = {side: [] for side in SIDES}
+    for _ in range(args.rounds):  # in turn, so that a machine that drifts is fair to both
+        for side in SIDES:
+            began = time.perf_counter()
+            forward_backward(side, tensors)
+            times[side].append(time.perf_counter() - began)
+    memory = {
+        side: float(subprocess.check_output([sys.executable, __file__, "peak", side, "--device", args.device]))
+        for side in SIDES
+    }
+
+    print(f"DSCL + PBSD, forward and backward: B = {BATCH}, K = {QUEUE}, D = {DIM}, L = {PATCHES}, float32")
+    print(f"{machine(args.device)}; {args.rounds} rounds in turn, median (min to max)\n")
+    print(f"{'':<8}{'seconds':>24}{'extra memory':>16}{'DSCL':>12}{'PBSD':>12}")
+    for side in SIDES:
+        t = sorted(times[side])
+        seconds = f"{statistics.median(t):.3f} ({t[0]:.3f} to {t[-1]:.3f})"
+        dscl, pbsd = results[side][0]
+        print(f"{side:<8}{seconds:>24}{memory[side]:>13.0f} MB{dscl:>12.6f}{pbsd:>12.6f}")
+    ratios = sorted(dense / ours for dense, ours in zip(times["dense"], times["ours"]))
+    print(f"\nours is {statistics.median(ratios):.1f} times as fast (round by round {ratios[0]:.1f} to "
+          f"{ratios[-1]:.1f}) in 1/{memory['dense'] / memory['ours']:.0f} of the memory")
+    for index, name in ((1, "query"), (2, "patch")):
+        dense, ours = results["dense"][index], results["ours"][index]
+        difference = ((dense - ours).abs().max() / dense.abs().max()).item()
+        print(f"gradient at {name}: largest difference {difference:.0e} of the largest entry")
+
+
+def machine(device):
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("losses", help="time and memory of both losses against a dense implementation")
+    table.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
+    peak = commands.add_parser("peak", help="peak memory of one side, in MB; what `losses` calls")
+    peak.add_argument("side", choices=SIDES)
+    for command in (table, peak):
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    if args.command == "peak":
+        print(peak_megabytes(args.side, args.device))
+    else:
+        losses(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The losses against the published values, the written-out equations and the paper's theory."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+from losses import bank_attention, dscl_loss, pbsd_loss
+
+
+def unit(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, dtype=torch.float64, generator=generator), dim=-1).to(dtype)
+
+
+def batch(size=6, bank=20, dim=5, patches=3, classes=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(classes, (size,), generator=generator)
+    labels[0] = 99  # an anchor without class mates
+    return dict(
+        query=unit(size, dim, dtype=dtype, seed=1).requires_grad_(),
+        key=unit(size, dim, dtype=dtype, seed=2),
+        labels=labels,
+        queue=unit(bank, dim, dtype=dtype, seed=3),
+        queue_labels=torch.randint(classes, (bank,), generator=generator),
+        roi=unit(patches, size, dim, dtype=dtype, seed=4),
+        patch=unit(patches, size, dim, dtype=dtype, seed=5).requires_grad_(),
+    )
+
+
+def dscl_of(b, **options):
+    return dscl_loss(b["query"], b["key"], b["labels"], b["queue"], b["queue_labels"], **options)
+
+
+def pbsd_of(b, **options):
+    return pbsd_loss(b["roi"], b["patch"], b["key"], b["queue"], **options)
+
+
+def loop_dscl(b, alpha, temperature):
+    """The equations of SCL and DSCL, one anchor and one contrast sample at a time."""
+    query, key, labels = b["query"], b["key"].detach(), b["labels"].tolist()
+    total = 0
+    for i, anchor in enumerate(query):
+        contrast = [(j, z, y) for j, (z, y) in enumerate(zip(query, labels)) if j != i]
+        contrast += [(None, z, y) for j, (z, y) in enumerate(zip(key, labels)) if j != i]
+        contrast += [(None, z, y) for z, y in zip(b["queue"], b["queue_labels"].tolist())]
+        denominator = (key[i] @ anchor / temperature).exp()
+        for _, z, _ in contrast:
+            denominator = denominator + (z @ anchor / temperature).exp()
+        mates = [z for _, z, y in contrast if y == labels[i]]
+        size = len(mates)
+        if alpha is None or size == 0:
+            own_weight = mate_weight = 1
+        else:
+            own_weight, mate_weight = alpha * (size + 1), (1 - alpha) * (size + 1) / size
+        terms = torch.log((own_weight * (key[i] @ anchor) / temperature).exp() / denominator)
+        for z in mates:
+            terms = terms + torch.log((mate_weight * (z @ anchor) / temperature).exp() / denominator)
+        total = total - terms / (size + 1)
+    return total / len(query)
+
+
+def loop_pbsd(b, temperature):
+    """The equation of PBSD, one patch and one bank entry at a time."""
+    count, size, _ = b["patch"].shape
+    total = 0
+    for j in range(count):
+        for i in range(size):
+            bank = [b["key"][i], *b["queue"]]
+            teacher = [(z @ b["roi"][j, i] / temperature).exp() for z in bank]
+            student = [(z @ b["patch"][j, i] / temperature).exp() for z in bank]
+            for c, s in zip(teacher, student):
+                total = total - c / sum(teacher) * torch.log(s / sum(student))
+    return total / (count * size)
+
+
+def close(actual, expected, tolerance):
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", ["small", "sparse"])
+def test_values_and_gradients_are_those_of_the_published_losses(name, dtype, tolerance):
+    with np.load(Path(__file__).with_name(f"golden_{name}.npz")) as arrays:
+        golden = {key: torch.from_numpy(arrays[key]) for key in arrays}
+    b = {key: value.to(dtype) if value.is_floating_point() else value for key, value in golden.items()}
+    b["query"].requires_grad_(), b["patch"].requires_grad_()
+    temperature, alpha = golden["temperature"].item(), golden["alpha"].item()
+    dscl, pbsd = dscl_of(b, alpha=alpha, temperature=temperature), pbsd_of(b, temperature=temperature)
+    (dscl + pbsd).backward()
+    assert dscl.dtype == pbsd.dtype == dtype
+    close(dscl.detach().double(), golden["dscl"], tolerance)
+    close(pbsd.detach().double(), golden["pbsd"], tolerance)
+    close(b["query"].grad.double(), golden["dscl_grad_query"], tolerance)
+    close(b["patch"].grad.double(), golden["pbsd_grad_patch"], tolerance)
+
+
+@pytest.mark.parametrize("bank", [0, 1, 20])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0, None])
+def test_dscl_is_its_equation_written_as_loops(alpha, bank):
+    b = batch(bank=bank)
+    ours = dscl_of(b, alpha=alpha, temperature=0.2)
+    loops = loop_dscl(b, alpha, 0.2)
+    close(ours, loops, 1e-12)
+    close(torch.autograd.grad(ours, b["query"])[0], torch.autograd.grad(loops, b["query"])[0], 1e-12)
+
+
+@pytest.mark.parametrize("bank", [0, 1, 20])
+def test_pbsd_is_its_equation_written_as_loops(bank):
+    b = batch(bank=bank)
+    ours, loops = pbsd_of(b, temperature=0.2), loop_pbsd(b, 0.2)
+    if bank == 0:  # the own key alone: nothing to distil
+        assert ours.abs() < 1e-12
+        return
+    close(ours, loops, 1e-12)
+    close(torch.autograd.grad(ours, b["patch"])[0], torch.autograd.grad(loops, b["patch"])[0], 1e-10)
+
+
+def test_gradients_pass_gradcheck():
+    b = batch()
+    assert torch.autograd.gradcheck(
+        lambda query: dscl_of(b | {"query": query}, temperature=0.5), b["query"]
+    )
+    assert torch.autograd.gradcheck(lambda patch: pbsd_of(b | {"patch": patch}, temperature=0.5), b["patch"])
+    assert torch.autograd.gradcheck(
+        lambda query: bank_attention(query, b["queue"], temperature=0.5)[0], b["query"]
+    )
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    b = batch()
+    logsumexp, _ = bank_attention(b["query"], b["queue"])
+    (gradient,) = torch.autograd.grad(logsumexp.square().sum(), b["query"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_only_query_and_patch_receive_gradient():
+    b = batch()
+    constants = [b[name].requires_grad_() for name in ("key", "queue", "roi")]
+    (dscl_of(b) + pbsd_of(b)).backward()
+    assert all(tensor.grad is None for tensor in constants)
+    assert b["query"].grad.abs().min() > 0 and b["patch"].grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+def test_bank_attention_is_the_dense_softmax_over_many_blocks(temperature):
+    query, bank = unit(1100, 16).requires_grad_(), unit(1300, 16, seed=1)
+    logits = query @ bank.T / temperature
+    logsumexp, mean = bank_attention(query, bank, temperature=temperature)
+    close(logsumexp, logits.logsumexp(1), 1e-12)
+    close(mean, logits.softmax(1) @ bank, 1e-12)
+    (gradient,) = torch.autograd.grad(logsumexp.sum(), query)
+    close(gradient, torch.autograd.grad(logits.logsumexp(1).sum(), query)[0], 1e-12)
+    single, single_mean = bank_attention(query.float(), bank.float(), temperature=temperature)
+    close(single.double(), logsumexp, 1e-5)
+    close(single_mean.double(), mean, 1e-4)
+
+
+def test_the_smallest_temperature_neither_overflows_nor_vanishes():
+    away = torch.eye(1, 8)
+    for bank in (away, -away):  # logits of 1000 and -1000
+        logsumexp, mean = bank_attention(away, bank, temperature=1e-3)
+        close(logsumexp, away @ bank[0] / 1e-3, 1e-6)
+        close(mean, bank, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_are_lifted_to_float32(dtype):
+    b = batch()
+    half = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in b.items()}
+    lifted = {k: v.float() if v.is_floating_point() else v for k, v in half.items()}
+    for loss in (dscl_of, pbsd_of):
+        assert loss(half).dtype == torch.float32
+        assert loss(half) == loss(lifted)
+
+
+def test_autocast_changes_nothing():
+    b = batch(dtype=torch.float32, bank=700)
+    plain = dscl_of(b), pbsd_of(b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (dscl_of(b), pbsd_of(b)) == plain
+
+
+@pytest.mark.parametrize("mates", [1, 5, 30])
+def test_gradient_share_of_the_own_key_is_fixed_by_alpha_and_shrinks_under_scl(mates):
+    # An orthonormal contrast set lets the anchor's gradient be read off entry by entry; a negative
+    # on the anchor itself takes the softmax, so that what is left is the pull of the positives.
+    basis = torch.eye(mates + 2, dtype=torch.float64)
+    anchor = basis[:1].clone().requires_grad_()
+    queue_labels = torch.zeros(mates + 1, dtype=torch.long)
+    queue_labels[-1] = 1
+    queue = torch.cat([basis[2:], basis[:1]])
+
+    def ratio(alpha):
+        label = torch.zeros(1, dtype=torch.long)
+        loss = dscl_loss(anchor, basis[1:2], label, queue, queue_labels, alpha=alpha)
+        pull = torch.autograd.grad(loss, anchor)[0][0]
+        return (pull[1] / pull[2:].sum()).item()
+
+    assert ratio(0.1) == pytest.approx(0.1 / 0.9, rel=1e-3)
+    assert ratio(0.5) == pytest.approx(1.0, rel=1e-3)
+    assert ratio(None) == pytest.approx(1 / mates, rel=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.3, None])
+def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
+    # Three anchors of classes with 1, 4 and 12 mates in the queue, every embedding free to move.
+    sizes = (1, 4, 12)
+    labels = torch.arange(3)
+    queue_labels = labels.repeat_interleave(torch.tensor(sizes))
+    dim, temperature = 40, 0.07
+    contrast = torch.eye(dim, dtype=torch.float64)[: 3 + sum(sizes)]
+    free = unit(3, dim).requires_grad_()
+    optimizer = torch.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        query = F.normalize(free, dim=1)
+        loss = dscl_loss(
+            query, contrast[:3], labels, contrast[3:], queue_labels, alpha=alpha, temperature=temperature
+        )
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    query = F.normalize(free.detach(), dim=1)
+    everything = torch.cat([query, contrast])
+    logits = query @ everything.T / temperature
+    logits[:, :3].fill_diagonal_(-math.inf)
+    own = logits.softmax(1)[:, 3:6].diagonal()
+    for i, size in enumerate(sizes):
+        expected = 1 / (size + 1) if alpha is None else alpha
+        assert own[i].item() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("query", lambda b: b | {"query": b["query"][0]}),
+        ("query", lambda b: b | {"query": b["query"][:0], "key": b["key"][:0], "labels": b["labels"][:0]}),
+        ("query", lambda b: b | {"query": b["labels"][:, None]}),
+        ("key", lambda b: b | {"key": b["key"][:-1]}),
+        ("labels", lambda b: b | {"labels": b["labels"][:-1]}),
+        ("labels", lambda b: b | {"labels": b["labels"].float()}),
+        ("queue", lambda b: b | {"queue": b["queue"][:, :-1]}),
+        ("queue_labels", lambda b: b | {"queue_labels": b["queue_labels"][:-1]}),
+        ("queue_labels", lambda b: b | {"queue_labels": b["queue_labels"].float()}),
+    ],
+)
+def test_dscl_names_the_bad_argument(name, change):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        dscl_of(change(batch()))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("patch", lambda b: b | {"patch": b["patch"][0]}),
+        ("roi", lambda b: b | {"roi": b["roi"][:-1]}),
+        ("key", lambda b: b | {"key": b["key"][:-1]}),
+        ("queue", lambda b: b | {"queue": b["queue"][:, :-1]}),
+    ],
+)
+def test_pbsd_names_the_bad_argument(name, change):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        pbsd_of(change(batch()))
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_a_temperature_that_is_not_positive_is_refused(value):
+    b = batch()
+    for call in (dscl_of, pbsd_of):
+        with pytest.raises(ValueError, match="^temperature must"):
+            call(b, temperature=value)
+    with pytest.raises(ValueError, match="^temperature must"):
+        bank_attention(b["query"], b["queue"], temperature=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_an_alpha_outside_0_to_1_is_refused(value):
+    with pytest.raises(ValueError, match="^alpha must"):
+        dscl_of(batch(), alpha=value)
+
+
+def test_losses_imports_torch_alone():
+    source = Path(losses.__file__).read_text().splitlines()
+    imports = [line for line in source if line.startswith(("import ", "from "))]
+    assert imports and all(line.split()[1].split(".")[0] == "torch" for line in imports)

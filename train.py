@@ -1,0 +1,374 @@
+"""Stage 1 of DSCL + PBSD: learns the representation. eval.py, stage 2, puts a classifier on it.
+
+    python train.py                                                # the default, on a laptop
+    python train.py --loss scl --pbsd-weight 0                     # the plain SCL baseline
+    torchrun --nproc_per_node=2 train.py                           # two processes, CPU or GPU
+
+Writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl; the same command again goes on from the checkpoint.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from data import DATASETS, BadInput, Batches, load_dataset, seed_from, training_views
+from losses import dscl_loss, pbsd_loss
+from models import ARCHS, Encoder, MomentumEncoder, Queue
+
+DEFAULT = "fashion_mnist_lt"
+LOG_EVERY = 10  # steps; also at the end of every epoch
+STAGE = "DSCL + PBSD, stage 1"
+
+
+# ------------------------------------------------------------------ what eval.py needs as well
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with the arguments of both stages, whose errors are one line."""
+
+    def __init__(self, description, stage):
+        super().__init__(
+            description=description,
+            epilog="A setting without a flag takes the value of the data set's recipe in data.py.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.recipe = DATASETS[DEFAULT][stage]
+        self.add_argument("--dataset", choices=DATASETS, help=f"data set (default: {DEFAULT})")
+        self.add_argument(
+            "--data-root", type=Path, metavar="DIR",
+            help="where its files are (default: where the repository ships them)",
+        )
+        self.add_argument(
+            "--output", type=Path, metavar="DIR",
+            help="directory of everything this run writes (default: runs/DATASET)",
+        )
+        self.setting("--epochs", number(int, 1), "passes over the training set")
+        self.setting("--batch-size", number(int, 1), "pictures a step, over all processes")
+        self.setting("--lr", number(float, 0, above=True), "peak learning rate of SGD, for this batch size")
+        self.add_argument("--seed", type=number(int, 0), default=0, help="seed of everything (default: 0)")
+        self.add_argument(
+            "--workers", type=number(int, 0), metavar="N",
+            help="data loading processes (default: the recipe's; 0 for sets that are in memory)",
+        )
+        self.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+
+    def setting(self, flag, type, text, **options):
+        """A flag that wins over the recipe's value of the same name."""
+        default = self.recipe[flag[2:].replace("-", "_")]
+        if "choices" not in options:
+            options["metavar"] = "N" if isinstance(default, int) else "X"
+        self.add_argument(flag, type=type, help=f"{text} (recipe of {DEFAULT}: {default})", **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float in [low, high], or in (low, high] if `above`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not low <= value <= high or (above and value == low) or math.isinf(value):
+            limits = f"{'above' if above else 'at least'} {low}"
+            limits += f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
+        return value
+
+    return parse
+
+
+def with_recipe(args, stage):
+    """Fill every argument that was not given with the data set's recipe."""
+    recipe = DATASETS[args.dataset]
+    for name, value in {"workers": recipe["workers"], **recipe[stage]}.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.output = args.output or Path("runs") / args.dataset
+    return recipe
+
+
+def plain(args):
+    """Arguments as a dict that JSON and torch.load(weights_only=True) take."""
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+    }
+
+
+def start(device):
+    """Join the processes torchrun started, or stand alone: (rank, world size, device)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise BadInput(f"--device must be cpu, cuda or auto, got {device}")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise BadInput("--device cuda: torch finds no usable GPU; use --device cpu")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device != "cpu" else "gloo")
+    return rank, world, torch.device(device)
+
+
+def save(path, content):
+    """Write a checkpoint beside `path`, then put it in its place: there is always a whole one."""
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load(path, stage, device):
+    """Read a checkpoint that save() wrote; BadInput if it is missing, broken or of another stage."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path} not found: train first, or name the checkpoint of a run") from None
+    except Exception as error:  # torch.load raises many kinds on files that are not its own
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        raise BadInput(f"{path} cannot be read as a checkpoint ({reason}); move it away") from None
+    if not isinstance(content, dict) or content.get("stage") != stage:
+        raise BadInput(f"{path} is not a checkpoint of {stage}; name one that is, or another --output")
+    return content
+
+
+def same_settings(path, before, now):
+    """A run goes on only with the settings it began with; BadInput lists those that differ."""
+    free = {"output", "data_root", "workers", "device"}
+    differ = [
+        f"{name} was {before.get(name)}, now {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in free and before.get(name) != now.get(name)
+    ]
+    if differ:
+        raise BadInput(f"{path} is of another run ({'; '.join(differ)}); choose another --output")
+
+
+def load_batches(pictures, batches, workers, device):
+    """A DataLoader of (images uint8, labels) that follows the index lists of `batches`."""
+    return DataLoader(
+        pictures,
+        batch_sampler=batches,
+        collate_fn=lambda batch: batch,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+class Progress:
+    """One live line on a terminal; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, steps, done=0, enabled=True):
+        self.steps, self.first, self.began = steps, done, time.monotonic()
+        self.live, self.enabled, self.printed = sys.stderr.isatty(), enabled, -math.inf
+
+    def show(self, done, text):
+        now = time.monotonic()
+        last = done == self.steps
+        if not self.enabled or not (self.live or last or now - self.printed >= 10):
+            return
+        self.printed = now
+        left = (now - self.began) / max(done - self.first, 1) * (self.steps - done)
+        line = f"{text}  ETA {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+        if self.live:
+            line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
+        print(line, end="\n" if last or not self.live else "", file=sys.stderr, flush=True)
+
+
+def run(main):
+    """Call main(); what the user can mend ends in one line and exit code 2, Ctrl-C in 130."""
+    program = Path(sys.argv[0]).name
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{clear}{program}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"{clear}{program}: error: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{clear}{program}: interrupted; the same command goes on from the last epoch", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- stage 1
+
+
+def parse_args():
+    parser = Parser(__doc__, "stage1")
+    parser.setting("--arch", str, "backbone", choices=ARCHS)
+    parser.add_argument(
+        "--loss", choices=("dscl", "scl", "ce"), default="dscl",
+        help="dscl; scl weighs the own key as any other positive; ce is the cross-entropy baseline, "
+        "query view and linear classifier alone (default: dscl)",
+    )
+    parser.setting("--alpha", number(float, 0, 1), "DSCL's share of the anchor's own key, 0 to 1; paper: 0.1")
+    parser.setting("--pbsd-weight", number(float, 0), "lambda of PBSD, 0 turns it off; paper: 1.5")
+    parser.setting("--patches", number(int, 1), "patches L a picture; paper: 5")
+    parser.setting(
+        "--queue-size", number(int, 0),
+        "keys K in the queue; far more than the training set holds are stale copies of the same pictures",
+    )
+    parser.setting("--momentum-encoder", number(float, 0, 1), "m of the key encoder's moving average")
+    parser.setting("--temperature", number(float, 0, above=True), "tau of both losses; paper: 0.07")
+    args = parser.parse_args()
+    args.dataset = args.dataset or DEFAULT
+    return args
+
+
+def learning_rate(step, args, per_epoch):
+    """Linear warm-up, then cosine to 0, per step."""
+    warmup, steps = args.warmup_epochs * per_epoch, args.epochs * per_epoch
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+@torch.no_grad()
+def gather(tensor):
+    """The rows of all processes in rank order; the tensor itself if there is one process."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def open_log(path, args, step):
+    """log.jsonl, line by line; a resumed run keeps the records up to its checkpoint."""
+    if step:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in lines if json.loads(line).get("step", 0) <= step]
+    else:
+        versions = {"python": sys.version.split()[0]}
+        versions |= {m.__name__: m.__version__ for m in (torch, torchvision)}
+        header = {"command": shlex.join(sys.argv), "versions": versions, "arguments": plain(args)}
+        lines = [json.dumps(header) + "\n"]
+    path.write_text("".join(lines))
+    return open(path, "a", buffering=1)
+
+
+def main():
+    args = parse_args()
+    recipe = with_recipe(args, "stage1")
+    if args.loss == "scl":
+        args.alpha = None
+    contrastive = args.loss != "ce"
+    patches = args.patches if contrastive and args.pbsd_weight else 0
+    rank, world, device = start(args.device)
+
+    train_set = load_dataset(args.dataset, args.data_root)["train"]
+    torch.manual_seed(args.seed)
+    encoder = Encoder(args.arch, classes=None if contrastive else train_set.classes)
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    momentum_encoder = MomentumEncoder(encoder, args.momentum_encoder)
+    queue = Queue(args.queue_size if contrastive else 0, encoder.dim).to(device)
+    optimizer = torch.optim.SGD(
+        encoder.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
+    )
+
+    # The same command again goes on from the checkpoint.
+    path, step = args.output / "checkpoint.pth", 0
+    args.output.mkdir(parents=True, exist_ok=True)
+    parts = dict(encoder=encoder, momentum_encoder=momentum_encoder, queue=queue, optimizer=optimizer)
+    if path.exists():
+        checkpoint = load(path, STAGE, device)
+        same_settings(path, checkpoint["args"], plain(args))
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        step = checkpoint["step"]
+    batches = Batches(
+        train_set.labels, args.batch_size, args.epochs, seed=args.seed, start=step, rank=rank, world=world
+    )
+    steps, per_epoch = args.epochs * batches.per_epoch, batches.per_epoch
+    log = open_log(args.output / "log.jsonl", args, step) if rank == 0 else None
+    progress = Progress(steps, step, enabled=rank == 0)
+    if rank == 0:
+        verb = f"going on from epoch {step // per_epoch} of" if step else "training"
+        print(f"{verb} {args.arch} on {args.dataset}: {len(train_set)} pictures, "
+              f"{args.epochs} epochs of {per_epoch} steps, {world} x {device.type}", file=sys.stderr)
+
+    model = DistributedDataParallel(encoder, broadcast_buffers=False) if world > 1 else encoder
+    encoder.train(), momentum_encoder.train()
+    sums, since, began = 0, 0, time.monotonic()
+    for images, labels in load_batches(train_set, batches, args.workers, device):
+        # What a step draws follows from (seed, step, rank) alone: no generator state to save.
+        torch.manual_seed(seed_from(args.seed, step, rank))
+        lr = learning_rate(step, args, per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+        query_view, key_view, boxes, patch_views = training_views(images, recipe, patches)
+        query, feature_map, patch = model(query_view, patch_views)  # z_i, f(x), s_i[j]
+        if contrastive:
+            momentum_encoder.update(encoder)
+            key = momentum_encoder(key_view)  # z_i+
+            losses = {"dscl": dscl_loss(
+                query, key, labels, queue.keys, queue.labels, alpha=args.alpha, temperature=args.temperature
+            )}
+            loss = losses["dscl"]
+            if patches:
+                with torch.no_grad():
+                    roi = encoder.embed_regions(feature_map, boxes, recipe["view_size"])  # c_i[j]
+                losses["pbsd"] = pbsd_loss(roi, patch, key, queue.keys, temperature=args.temperature)
+                loss = loss + args.pbsd_weight * losses["pbsd"]
+            queue.put(gather(key), gather(labels))
+        else:
+            loss = F.cross_entropy(query, labels)
+            losses = {}
+
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, since = step + 1, since + 1
+        sums = sums + torch.stack([loss, *losses.values()]).detach()
+
+        if step % per_epoch % LOG_EVERY == 0:
+            now = time.monotonic()
+            means = dict(zip(["loss", *losses], (gather(sums[None]).mean(0) / since).tolist()))
+            if not math.isfinite(means["loss"]):
+                raise BadInput(f"the loss is {means['loss']} at step {step}, lr {lr:.3g}: try a smaller --lr")
+            if rank == 0:
+                rate = since * args.batch_size / (now - began)
+                epoch = math.ceil(step / per_epoch)
+                record = dict(epoch=epoch, step=step, **means, lr=lr, images_per_second=round(rate, 1))
+                print(json.dumps(record), file=log)
+                values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                progress.show(
+                    step, f"epoch {epoch}/{args.epochs}  {values}  lr {lr:.3f}  {rate:.0f} pictures/s"
+                )
+            sums, since, began = 0, 0, now
+        if step % per_epoch == 0 and rank == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save(path, dict(stage=STAGE, args=plain(args), step=step, **states))
+
+    if rank == 0:
+        print(f"done: {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
