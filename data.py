@@ -3,6 +3,7 @@
 DATASETS is the one place where a data set's settings stand; a command line flag wins over it.
 """
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ def load_dataset(name, root=None):
                 )
                 for split in ("train", "val", "test")
             }
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path} cannot be read ({error}); get it again from the repository") from None
 
 
