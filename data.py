@@ -26,30 +26,38 @@ DATASETS = {
         # views and patches
         view_size=20,
         patch_size=8,
-        crop_scale=(0.08, 1.0),  # of the picture's area
+        crop_scale=(0.3, 1.0),  # of the picture's area
         patch_scale=(0.05, 0.6),  # of the query view's area
-        query_jitter=(0.4, 0.4, 0.4, 0.1),  # brightness, contrast, saturation, hue
+        query_jitter=(0.2, 0.2, 0.2, 0.1),  # brightness, contrast, saturation, hue
         query_jitter_p=0.8,
-        key_jitter=(0.4, 0.4, 0.4, 0.0),
+        key_jitter=(0.2, 0.2, 0.2, 0.0),
         grey_p=0.2,
         blur_p=0.0,  # 28 pixels are blurred enough
         # stage 1
         stage1=dict(
             arch="resnet_small",
-            epochs=60,
-            warmup_epochs=3,
+            epochs=160,
+            warmup_epochs=5,
             batch_size=128,
-            lr=0.1,
+            lr=0.3,
             weight_decay=5e-4,
-            queue_size=2048,
+            queue_size=256,
             momentum_encoder=0.99,
             temperature=0.07,
             alpha=0.1,
-            pbsd_weight=1.5,
-            patches=5,
+            pbsd_weight=0.3,
+            patches=2,
         ),
         # stage 2
-        stage2=dict(epochs=20, batch_size=256, lr=1.0, weight_decay=0.0, milestones=(0.5, 0.75), bn="eval"),
+        stage2=dict(
+            epochs=20,
+            batch_size=256,
+            lr=10.0,
+            weight_decay=5e-4,
+            milestones=(0.5, 0.75),  # of the epochs; the learning rate falls to a tenth at each
+            augment=False,  # heavy crops of 28 pixels shift what a small frozen backbone gives
+            bn="eval",
+        ),
     ),
 }
 
@@ -62,7 +70,7 @@ class BadInput(Exception):
 
 
 def long_tailed_counts(largest, classes, factor):
-    """Pictures a class: n_c = int(largest * factor^(c / (classes - 1))), factor = smallest/largest."""
+    """Pictures a class, n_c = int(largest * factor^(c / (classes - 1))); factor is min/max."""
     return [int(largest * factor ** (c / (classes - 1))) for c in range(classes)]
 
 
@@ -112,7 +120,7 @@ class Pictures:
 
 
 def load_dataset(name, root=None):
-    """{"train": Pictures, "val": ..., "test": ...}. BadInput if the files are not there or not whole."""
+    """{"train": Pictures, "val": ..., "test": ...}; BadInput if a file is missing or broken."""
     recipe = DATASETS[name]
     path = Path(root or recipe["root"]) / f"{name}.npz"
     if not path.is_file():
@@ -128,7 +136,9 @@ def load_dataset(name, root=None):
                 for split in ("train", "val", "test")
             }
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path} cannot be read ({error}); get it again from the repository") from None
+        raise BadInput(
+            f"{path} cannot be read ({error}); get it again from the repository"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------- samplers
@@ -147,9 +157,13 @@ class Batches(Sampler):
     Each of `world` ranks gets its own slice of the global batch.
     """
 
-    def __init__(self, labels, batch_size, epochs, *, seed, balanced=False, start=0, rank=0, world=1):
+    def __init__(
+        self, labels, batch_size, epochs, *, seed, balanced=False, start=0, rank=0, world=1
+    ):
         if batch_size > len(labels):
-            raise BadInput(f"--batch-size {batch_size} is larger than the {len(labels)} training pictures")
+            raise BadInput(
+                f"--batch-size {batch_size} is larger than the {len(labels)} training pictures"
+            )
         if batch_size % world:
             raise BadInput(f"--batch-size {batch_size} does not divide among {world} processes")
         self.labels, self.batch_size, self.seed, self.balanced = labels, batch_size, seed, balanced
@@ -204,9 +218,10 @@ def random_boxes(count, size, scale, device, ratio=(3 / 4, 4 / 3), tries=10):
 
 
 def crop(images, boxes, size):
-    """Cut and resize: float images [B, C, H, W], boxes [n B, 4] (picture i mod B) to [n B, C, size, size].
+    """Cut and resize: images [B, C, H, W] and boxes [n B, 4] to [n B, C, size, size].
 
-    RoIAlign is a bilinear resize that averages when it shrinks, for all pictures at once.
+    Box i is of picture i mod B, in pixels. RoIAlign is a bilinear resize, averaging when it
+    shrinks, for all pictures at once.
     """
     rows = torch.arange(len(images), device=boxes.device, dtype=boxes.dtype)
     rows = rows.repeat(len(boxes) // len(images))
@@ -228,7 +243,7 @@ def color_matrices(channel_means, jitter, jitter_p=1.0, grey_p=0.0):
 
     channel_means [B, 3], pixels in [0, 1]. `jitter` (brightness, contrast, saturation, hue) as in
     torchvision's ColorJitter, in random order, with probability jitter_p. Hue is a rotation in YIQ
-    where torchvision's is a shift in HSV; values are clamped once in the end, not after each change.
+    where torchvision's is a shift in HSV; values are clamped once in the end, not at each change.
     """
     count, device = len(channel_means), channel_means.device
     luma = torch.tensor(LUMA, device=device)
@@ -279,7 +294,7 @@ def change_colors(images, matrices):
 
 
 def random_blur(images, probability, sigma=(0.1, 2.0)):
-    """Gaussian blur, sigma uniform in `sigma` pixels, of each picture with the given probability."""
+    """Gaussian blur of each picture with the given probability; sigma uniform, in pixels."""
     if not probability:
         return images
     count, channels, height, width = images.shape
@@ -307,7 +322,10 @@ def normalize(images, recipe):
 def query_colors(images, recipe):
     """Colour changes, blur and normalisation of query views and patches [B, C, H, W] in [0, 1]."""
     matrices = color_matrices(
-        images.mean((2, 3)).expand(-1, 3), recipe["query_jitter"], recipe["query_jitter_p"], recipe["grey_p"]
+        images.mean((2, 3)).expand(-1, 3),
+        recipe["query_jitter"],
+        recipe["query_jitter_p"],
+        recipe["grey_p"],
     )
     return normalize(random_blur(change_colors(images, matrices), recipe["blur_p"]), recipe)
 

@@ -3,8 +3,8 @@
     python eval.py                                                 # after python train.py
     python eval.py --checkpoint runs/mine/checkpoint.pth           # any run of train.py
 
-Chooses the epoch on val, reports on test by many/medium/few-shot classes. Writes OUTPUT/results.json
-and OUTPUT/classifier.pth; the same command again goes on from there.
+Chooses the epoch on val, reports on test by many/medium/few-shot classes. Writes
+OUTPUT/results.json and OUTPUT/classifier.pth; the same command again goes on from there.
 """
 
 import copy
@@ -19,9 +19,27 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from data import BadInput, Batches, classifier_view, evaluation_view, load_dataset, seed_from, shot_groups
+from data import (
+    BadInput,
+    Batches,
+    classifier_view,
+    evaluation_view,
+    load_dataset,
+    seed_from,
+    shot_groups,
+)
 from models import build_backbone
-from train import Parser, Progress, load, load_batches, plain, same_settings, save, start, with_recipe
+from train import (
+    Parser,
+    Progress,
+    load,
+    load_batches,
+    plain,
+    same_settings,
+    save,
+    start,
+    with_recipe,
+)
 
 STAGE = "DSCL + PBSD, stage 2"
 
@@ -56,8 +74,8 @@ class LinearProbe(nn.Module):
 def metrics(logits, labels, train_counts):
     """Accuracies in percent of a balanced test set; a group's is the mean over its classes'.
 
-    logits [N, classes], labels [N], train_counts [classes]. top1, top5, many, medium, few, per_class;
-    None for a group or class without pictures.
+    logits [N, classes], labels [N], train_counts [classes]. Gives top1, top5, many, medium, few and
+    per_class; None for a group or class without pictures.
     """
     top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # [N, 5]
     total = labels.bincount(minlength=len(train_counts))
@@ -73,7 +91,9 @@ def metrics(logits, labels, train_counts):
         top1=100 * top5[:, 0].double().mean().item(),
         top5=100 * top5.any(1).double().mean().item(),
         **groups,
-        per_class=[value if count else None for value, count in zip(per_class.tolist(), total.tolist())],
+        per_class=[
+            value if count else None for value, count in zip(per_class.tolist(), total.tolist())
+        ],
     )
 
 
@@ -83,7 +103,9 @@ def predict(model, pictures, recipe, device, batch_size=500):
     model.eval()
     batches = torch.arange(len(pictures)).split(batch_size)
     loader = load_batches(pictures, [batch.tolist() for batch in batches], 0, device)
-    logits, labels = zip(*((model(evaluation_view(x.to(device), recipe)).cpu(), y) for x, y in loader))
+    logits, labels = zip(
+        *((model(evaluation_view(x.to(device), recipe)).cpu(), y) for x, y in loader)
+    )
     return torch.cat(logits), torch.cat(labels)
 
 
@@ -101,12 +123,17 @@ def table(results, counts):
 def parse_args():
     parser = Parser(__doc__, "stage2")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE",
-        help=f"checkpoint of train.py (default: runs/{train.DEFAULT}/checkpoint.pth, or that of --dataset)",
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help=f"checkpoint of train.py (default: runs/{train.DEFAULT}/checkpoint.pth)",
     )
     parser.setting(
-        "--bn", str, "BatchNorm of the frozen backbone while the classifier trains: running statistics "
-        "of stage 1 (eval) or of the batch (train)", choices=("train", "eval"),
+        "--bn",
+        str,
+        "BatchNorm of the frozen backbone while the classifier trains: running statistics "
+        "of stage 1 (eval) or of the batch (train)",
+        choices=("train", "eval"),
     )
     return parser.parse_args()
 
@@ -114,14 +141,18 @@ def parse_args():
 def main():
     args = parse_args()
     if args.checkpoint is None:
-        args.checkpoint = (args.output or Path("runs") / (args.dataset or train.DEFAULT)) / "checkpoint.pth"
+        args.checkpoint = (
+            args.output or Path("runs") / (args.dataset or train.DEFAULT)
+        ) / "checkpoint.pth"
     _, world, device = start(args.device)
     if world > 1:
         raise BadInput("stage 2 runs in one process: call python eval.py, without torchrun")
     stage1 = load(args.checkpoint, train.STAGE, device)
     trained_on = stage1["args"]["dataset"]
     if args.dataset not in (None, trained_on):
-        raise BadInput(f"{args.checkpoint} was trained on {trained_on}, not on --dataset {args.dataset}")
+        raise BadInput(
+            f"{args.checkpoint} was trained on {trained_on}, not on --dataset {args.dataset}"
+        )
     args.dataset = trained_on
     args.output = args.output or args.checkpoint.parent
     recipe = with_recipe(args, "stage2")
@@ -134,7 +165,8 @@ def main():
     model = model.to(device, memory_format=torch.channels_last)
     backbone = {
         name.removeprefix("backbone."): value
-        for name, value in stage1["encoder"].items() if name.startswith("backbone.")
+        for name, value in stage1["encoder"].items()
+        if name.startswith("backbone.")
     }
     model.backbone.load_state_dict(backbone)
     optimizer = torch.optim.SGD(
@@ -153,8 +185,14 @@ def main():
     batch_size = min(args.batch_size, len(sets["train"]))
     per_epoch = len(sets["train"]) // batch_size
     batches = Batches(
-        sets["train"].labels, batch_size, args.epochs, seed=args.seed, balanced=True, start=epoch * per_epoch
+        sets["train"].labels,
+        batch_size,
+        args.epochs,
+        seed=args.seed,
+        balanced=True,
+        start=epoch * per_epoch,
     )
+    view = classifier_view if args.augment else evaluation_view
     progress, began = Progress(args.epochs * per_epoch, batches.steps.start), time.monotonic()
     loader = load_batches(sets["train"], batches, args.workers, device)
     for step, (images, labels) in zip(batches.steps, loader):
@@ -163,7 +201,7 @@ def main():
         passed = sum(step >= milestone * len(batches) for milestone in args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * 0.1**passed
-        views = classifier_view(images.to(device), recipe)
+        views = view(images.to(device), recipe)
         loss = F.cross_entropy(model(views), labels.to(device))
         loss.backward()
         optimizer.step()
@@ -175,11 +213,23 @@ def main():
         val = metrics(*predict(model, sets["val"], recipe, device), counts)["top1"]
         if val > best["top1"]:
             best = dict(top1=val, epoch=epoch, model=copy.deepcopy(model.state_dict()))
-        save(path, dict(stage=STAGE, args=plain(args), epoch=epoch, best=best,
-                        model=model.state_dict(), optimizer=optimizer.state_dict()))
+        save(
+            path,
+            dict(
+                stage=STAGE,
+                args=plain(args),
+                epoch=epoch,
+                best=best,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+            ),
+        )
         rate = (step + 1 - batches.steps.start) * batch_size / (time.monotonic() - began)
-        progress.show(step + 1, f"classifier, epoch {epoch}/{args.epochs}  loss {loss.item():.3f}  "
-                                f"val {val:.2f}  {rate:.0f} pictures/s")
+        progress.show(
+            step + 1,
+            f"classifier, epoch {epoch}/{args.epochs}  loss {loss.item():.3f}  "
+            f"val {val:.2f}  {rate:.0f} pictures/s",
+        )
 
     # Only now the test set, once, with the epoch that val chose.
     model.load_state_dict(best["model"])
@@ -187,12 +237,17 @@ def main():
     if not all(torch.equal(frozen[name], backbone[name]) for name in frozen):
         raise RuntimeError("the frozen backbone changed while the classifier trained")
     results = metrics(*predict(model, sets["test"], recipe, device), counts)
-    results |= dict(val_top1=best["top1"], epoch=best["epoch"], counts=counts.tolist(), arguments=plain(args))
+    results |= dict(
+        val_top1=best["top1"], epoch=best["epoch"], counts=counts.tolist(), arguments=plain(args)
+    )
     beside = args.output / "results.json.new"
     beside.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(beside, args.output / "results.json")
     print(table(results, counts))
-    print(f"val {best['top1']:.2f} at epoch {best['epoch']}; {args.output / 'results.json'}", file=sys.stderr)
+    print(
+        f"val {best['top1']:.2f} at epoch {best['epoch']}; {args.output / 'results.json'}",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

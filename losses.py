@@ -166,7 +166,7 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
 
 
 def _class_sums(labels, queue, queue_labels):
-    """Sum [B, D] and number [B] of the queue entries of each anchor's class, without a [B, K] mask."""
+    """Sum [B, D] and number [B] of the queue entries of each anchor's class, without a mask."""
     labels, queue_labels = labels.long(), queue_labels.long()
     classes, _ = labels.sort()
     slot = torch.searchsorted(classes, queue_labels).clamp(max=len(classes) - 1)  # [K]

@@ -34,36 +34,34 @@ def build_backbone(arch):
     return nn.Sequential(OrderedDict(layers)), resnet.fc.in_features
 
 
-def resnet_small(width=32, blocks=1):
-    """ResNet for pictures of 28 to 32 pixels: 3x3 stem, three stages, stride 4 in all.
+def resnet_small(width=32):
+    """ResNet-8 for pictures of 28 to 32 pixels: 3x3 stem, three residual blocks, stride 4 in all.
 
-    The ResNet-20 of He et al. (2016), section 4.2, is width=16, blocks=3.
+    The stem strides as well, which buys twice the width of a ResNet-20 (He et al., 2016, section
+    4.2) at equal time. No zero-init: in so few blocks it costs a short run several points.
     """
 
-    def stage(inputs, outputs, stride):
+    def block(inputs, outputs, stride):
         shortcut = None
-        if stride != 1:
+        if (inputs, 1) != (outputs, stride):
             shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
-        first = BasicBlock(inputs, outputs, stride, shortcut)
-        return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))
+        return BasicBlock(inputs, outputs, stride, shortcut)
 
     backbone = nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(3, width, 3, padding=1, bias=False),
+            conv1=nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False),
             bn1=nn.BatchNorm2d(width),
             relu=nn.ReLU(inplace=True),
-            layer1=stage(width, width, 1),
-            layer2=stage(width, 2 * width, 2),
-            layer3=stage(2 * width, 4 * width, 2),
+            layer1=block(width, width, 1),
+            layer2=block(width, 2 * width, 2),
+            layer3=block(2 * width, 4 * width, 1),
         )
     )
-    for module in backbone.modules():  # as torchvision initialises its ResNets
-        if isinstance(module, nn.Conv2d):
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):  # as torchvision initialises its ResNets
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, BasicBlock):
-            nn.init.zeros_(module.bn2.weight)
     return backbone, 4 * width
 
 
@@ -82,7 +80,10 @@ class Encoder(nn.Module):
             self.head = nn.Linear(channels, classes)
         else:
             self.head = nn.Sequential(
-                nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, dim), UnitLength()
+                nn.Linear(channels, channels),
+                nn.ReLU(inplace=True),
+                nn.Linear(channels, dim),
+                UnitLength(),
             )
 
     def forward(self, images, patches=None):

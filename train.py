@@ -4,7 +4,7 @@
     python train.py --loss scl --pbsd-weight 0                     # the plain SCL baseline
     torchrun --nproc_per_node=2 train.py                           # two processes, CPU or GPU
 
-Writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl; the same command again goes on from the checkpoint.
+Writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl; the same command again goes on from there.
 """
 
 import argparse
@@ -48,19 +48,29 @@ class Parser(argparse.ArgumentParser):
         self.recipe = DATASETS[DEFAULT][stage]
         self.add_argument("--dataset", choices=DATASETS, help=f"data set (default: {DEFAULT})")
         self.add_argument(
-            "--data-root", type=Path, metavar="DIR",
+            "--data-root",
+            type=Path,
+            metavar="DIR",
             help="where its files are (default: where the repository ships them)",
         )
         self.add_argument(
-            "--output", type=Path, metavar="DIR",
+            "--output",
+            type=Path,
+            metavar="DIR",
             help="directory of everything this run writes (default: runs/DATASET)",
         )
         self.setting("--epochs", number(int, 1), "passes over the training set")
         self.setting("--batch-size", number(int, 1), "pictures a step, over all processes")
-        self.setting("--lr", number(float, 0, above=True), "peak learning rate of SGD, for this batch size")
-        self.add_argument("--seed", type=number(int, 0), default=0, help="seed of everything (default: 0)")
+        self.setting(
+            "--lr", number(float, 0, above=True), "peak learning rate of SGD, for this batch size"
+        )
         self.add_argument(
-            "--workers", type=number(int, 0), metavar="N",
+            "--seed", type=number(int, 0), default=0, help="seed of everything (default: 0)"
+        )
+        self.add_argument(
+            "--workers",
+            type=number(int, 0),
+            metavar="N",
             help="data loading processes (default: the recipe's; 0 for sets that are in memory)",
         )
         self.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
@@ -70,7 +80,9 @@ class Parser(argparse.ArgumentParser):
         default = self.recipe[flag[2:].replace("-", "_")]
         if "choices" not in options:
             options["metavar"] = "N" if isinstance(default, int) else "X"
-        self.add_argument(flag, type=type, help=f"{text} (recipe of {DEFAULT}: {default})", **options)
+        self.add_argument(
+            flag, type=type, help=f"{text} (recipe of {DEFAULT}: {default})", **options
+        )
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
@@ -83,7 +95,9 @@ def number(kind, low, high=math.inf, above=False):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number of type {kind.__name__}"
+            ) from None
         if not low <= value <= high or (above and value == low) or math.isinf(value):
             limits = f"{'above' if above else 'at least'} {low}"
             limits += f" and at most {high}" if high < math.inf else ""
@@ -138,7 +152,7 @@ def save(path, content):
 
 
 def load(path, stage, device):
-    """Read a checkpoint that save() wrote; BadInput if it is missing, broken or of another stage."""
+    """Read what save() wrote; BadInput if it is missing, broken or of another stage."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -147,7 +161,9 @@ def load(path, stage, device):
         reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
         raise BadInput(f"{path} cannot be read as a checkpoint ({reason}); move it away") from None
     if not isinstance(content, dict) or content.get("stage") != stage:
-        raise BadInput(f"{path} is not a checkpoint of {stage}; name one that is, or another --output")
+        raise BadInput(
+            f"{path} is not a checkpoint of {stage}; name one that is, or another --output"
+        )
     return content
 
 
@@ -204,10 +220,16 @@ def run(main):
         print(f"{clear}{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"{clear}{program}: error: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
+        print(
+            f"{clear}{program}: error: {error.filename or 'system'}: {error.strerror}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{clear}{program}: interrupted; the same command goes on from the last epoch", file=sys.stderr)
+        print(
+            f"{clear}{program}: interrupted; the same command goes on from the last epoch",
+            file=sys.stderr,
+        )
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -221,18 +243,25 @@ def parse_args():
     parser = Parser(__doc__, "stage1")
     parser.setting("--arch", str, "backbone", choices=ARCHS)
     parser.add_argument(
-        "--loss", choices=("dscl", "scl", "ce"), default="dscl",
-        help="dscl; scl weighs the own key as any other positive; ce is the cross-entropy baseline, "
-        "query view and linear classifier alone (default: dscl)",
+        "--loss",
+        choices=("dscl", "scl", "ce"),
+        default="dscl",
+        help="dscl; scl weighs the own key as any other positive; ce is the cross-entropy "
+        "baseline, query view and linear classifier alone (default: dscl)",
     )
-    parser.setting("--alpha", number(float, 0, 1), "DSCL's share of the anchor's own key, 0 to 1; paper: 0.1")
+    parser.setting(
+        "--alpha", number(float, 0, 1), "DSCL's share of the anchor's own key, 0 to 1; paper: 0.1"
+    )
     parser.setting("--pbsd-weight", number(float, 0), "lambda of PBSD, 0 turns it off; paper: 1.5")
     parser.setting("--patches", number(int, 1), "patches L a picture; paper: 5")
     parser.setting(
-        "--queue-size", number(int, 0),
-        "keys K in the queue; far more than the training set holds are stale copies of the same pictures",
+        "--queue-size",
+        number(int, 0),
+        "keys K in the queue; more than the training set holds are stale copies of its pictures",
     )
-    parser.setting("--momentum-encoder", number(float, 0, 1), "m of the key encoder's moving average")
+    parser.setting(
+        "--momentum-encoder", number(float, 0, 1), "m of the key encoder's moving average"
+    )
     parser.setting("--temperature", number(float, 0, above=True), "tau of both losses; paper: 0.07")
     args = parser.parse_args()
     args.dataset = args.dataset or DEFAULT
@@ -293,23 +322,27 @@ def main():
     # The same command again goes on from the checkpoint.
     path, step = args.output / "checkpoint.pth", 0
     args.output.mkdir(parents=True, exist_ok=True)
-    parts = dict(encoder=encoder, momentum_encoder=momentum_encoder, queue=queue, optimizer=optimizer)
+    parts = dict(
+        encoder=encoder, momentum_encoder=momentum_encoder, queue=queue, optimizer=optimizer
+    )
     if path.exists():
         checkpoint = load(path, STAGE, device)
         same_settings(path, checkpoint["args"], plain(args))
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         step = checkpoint["step"]
-    batches = Batches(
-        train_set.labels, args.batch_size, args.epochs, seed=args.seed, start=step, rank=rank, world=world
-    )
+    share = dict(start=step, rank=rank, world=world)
+    batches = Batches(train_set.labels, args.batch_size, args.epochs, seed=args.seed, **share)
     steps, per_epoch = args.epochs * batches.per_epoch, batches.per_epoch
     log = open_log(args.output / "log.jsonl", args, step) if rank == 0 else None
     progress = Progress(steps, step, enabled=rank == 0)
     if rank == 0:
         verb = f"going on from epoch {step // per_epoch} of" if step else "training"
-        print(f"{verb} {args.arch} on {args.dataset}: {len(train_set)} pictures, "
-              f"{args.epochs} epochs of {per_epoch} steps, {world} x {device.type}", file=sys.stderr)
+        print(
+            f"{verb} {args.arch} on {args.dataset}: {len(train_set)} pictures, "
+            f"{args.epochs} epochs of {per_epoch} steps, {world} x {device.type}",
+            file=sys.stderr,
+        )
 
     model = DistributedDataParallel(encoder, broadcast_buffers=False) if world > 1 else encoder
     encoder.train(), momentum_encoder.train()
@@ -327,39 +360,44 @@ def main():
         if contrastive:
             momentum_encoder.update(encoder)
             key = momentum_encoder(key_view)  # z_i+
-            losses = {"dscl": dscl_loss(
-                query, key, labels, queue.keys, queue.labels, alpha=args.alpha, temperature=args.temperature
-            )}
-            loss = losses["dscl"]
+            bank, bank_labels, tau = queue.keys, queue.labels, args.temperature
+            dscl = dscl_loss(
+                query, key, labels, bank, bank_labels, alpha=args.alpha, temperature=tau
+            )
+            loss, terms = dscl, {"dscl": dscl}
             if patches:
                 with torch.no_grad():
                     roi = encoder.embed_regions(feature_map, boxes, recipe["view_size"])  # c_i[j]
-                losses["pbsd"] = pbsd_loss(roi, patch, key, queue.keys, temperature=args.temperature)
-                loss = loss + args.pbsd_weight * losses["pbsd"]
+                pbsd = pbsd_loss(roi, patch, key, bank, temperature=tau)
+                loss, terms = dscl + args.pbsd_weight * pbsd, {"dscl": dscl, "pbsd": pbsd}
             queue.put(gather(key), gather(labels))
         else:
-            loss = F.cross_entropy(query, labels)
-            losses = {}
+            loss, terms = F.cross_entropy(query, labels), {}
 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, since = step + 1, since + 1
-        sums = sums + torch.stack([loss, *losses.values()]).detach()
+        sums = sums + torch.stack([loss, *terms.values()]).detach()
 
         if step % per_epoch % LOG_EVERY == 0:
             now = time.monotonic()
-            means = dict(zip(["loss", *losses], (gather(sums[None]).mean(0) / since).tolist()))
+            means = dict(zip(["loss", *terms], (gather(sums[None]).mean(0) / since).tolist()))
             if not math.isfinite(means["loss"]):
-                raise BadInput(f"the loss is {means['loss']} at step {step}, lr {lr:.3g}: try a smaller --lr")
+                raise BadInput(
+                    f"the loss is {means['loss']} at step {step}, lr {lr:.3g}: try a smaller --lr"
+                )
             if rank == 0:
                 rate = since * args.batch_size / (now - began)
                 epoch = math.ceil(step / per_epoch)
-                record = dict(epoch=epoch, step=step, **means, lr=lr, images_per_second=round(rate, 1))
+                record = dict(
+                    epoch=epoch, step=step, **means, lr=lr, images_per_second=round(rate, 1)
+                )
                 print(json.dumps(record), file=log)
                 values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
                 progress.show(
-                    step, f"epoch {epoch}/{args.epochs}  {values}  lr {lr:.3f}  {rate:.0f} pictures/s"
+                    step,
+                    f"epoch {epoch}/{args.epochs}  {values}  lr {lr:.3f}  {rate:.0f} pictures/s",
                 )
             sums, since, began = 0, 0, now
         if step % per_epoch == 0 and rank == 0:

@@ -1,7 +1,7 @@
 """Speed and memory, side by side in one run, on this machine.
 
-    python tests/benchmark.py losses        # both losses against a dense implementation
-    python tests/benchmark.py losses --device cuda
+python tests/benchmark.py losses        # both losses against a dense implementation
+python tests/benchmark.py losses --device cuda
 """
 
 import argparse
@@ -104,11 +104,18 @@ def losses(args):
             forward_backward(side, tensors)
             times[side].append(time.perf_counter() - began)
     memory = {
-        side: float(subprocess.check_output([sys.executable, __file__, "peak", side, "--device", args.device]))
+        side: float(
+            subprocess.check_output(
+                [sys.executable, __file__, "peak", side, "--device", args.device]
+            )
+        )
         for side in SIDES
     }
 
-    print(f"DSCL + PBSD, forward and backward: B = {BATCH}, K = {QUEUE}, D = {DIM}, L = {PATCHES}, float32")
+    print(
+        f"DSCL + PBSD, forward and backward, float32: "
+        f"B = {BATCH}, K = {QUEUE}, D = {DIM}, L = {PATCHES}"
+    )
     print(f"{machine(args.device)}; {args.rounds} rounds in turn, median (min to max)\n")
     print(f"{'':<8}{'seconds':>24}{'extra memory':>16}{'DSCL':>12}{'PBSD':>12}")
     for side in SIDES:
@@ -117,8 +124,10 @@ def losses(args):
         dscl, pbsd = results[side][0]
         print(f"{side:<8}{seconds:>24}{memory[side]:>13.0f} MB{dscl:>12.6f}{pbsd:>12.6f}")
     ratios = sorted(dense / ours for dense, ours in zip(times["dense"], times["ours"]))
-    print(f"\nours is {statistics.median(ratios):.1f} times as fast (round by round {ratios[0]:.1f} to "
-          f"{ratios[-1]:.1f}) in 1/{memory['dense'] / memory['ours']:.0f} of the memory")
+    print(
+        f"\nours is {statistics.median(ratios):.1f} times as fast (by round {ratios[0]:.1f} to "
+        f"{ratios[-1]:.1f}) in 1/{memory['dense'] / memory['ours']:.0f} of the memory"
+    )
     for index, name in ((1, "query"), (2, "patch")):
         dense, ours = results["dense"][index], results["ours"][index]
         difference = ((dense - ours).abs().max() / dense.abs().max()).item()
@@ -136,9 +145,13 @@ def machine(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("losses", help="time and memory of both losses against a dense implementation")
+    table = commands.add_parser(
+        "losses", help="time and memory of both losses against a dense implementation"
+    )
     table.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     peak = commands.add_parser("peak", help="peak memory of one side, in MB; what `losses` calls")
     peak.add_argument("side", choices=SIDES)

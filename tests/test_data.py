@@ -7,8 +7,19 @@ import torchvision.transforms.functional as TF
 
 import data
 from data import (
-    DATASETS, BadInput, Batches, change_colors, color_matrices, crop, load_dataset, long_tailed_counts,
-    long_tailed_indices, random_blur, random_boxes, shot_groups, training_views,
+    DATASETS,
+    BadInput,
+    Batches,
+    change_colors,
+    color_matrices,
+    crop,
+    load_dataset,
+    long_tailed_counts,
+    long_tailed_indices,
+    random_blur,
+    random_boxes,
+    shot_groups,
+    training_views,
 )
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
@@ -40,7 +51,9 @@ def test_long_tailed_indices_are_disjoint_of_their_class_and_the_same_every_time
 def test_shot_groups_end_at_100_and_20():
     groups = shot_groups([1000, 101, 100, 20, 19, 0])
     assert {name: mask.nonzero()[:, 0].tolist() for name, mask in groups.items()} == {
-        "many": [0, 1], "medium": [2, 3], "few": [4, 5],
+        "many": [0, 1],
+        "medium": [2, 3],
+        "few": [4, 5],
     }
 
 
@@ -49,13 +62,17 @@ def test_the_shipped_data_set_is_the_one_described(sets):
     assert sets["val"].counts.tolist() == [100] * 10
     assert sets["test"].counts.tolist() == [1000] * 10
     assert {name: mask.sum().item() for name, mask in shot_groups(COUNTS).items()} == {
-        "many": 5, "medium": 3, "few": 2,
+        "many": 5,
+        "medium": 3,
+        "few": 2,
     }
     for pictures in sets.values():
         assert pictures.images.shape == (len(pictures), 1, 28, 28)
         assert pictures.images.dtype == torch.uint8
     # Every class has pictures of its own: the class means differ by far more than noise.
-    means = torch.stack([sets["test"].images[sets["test"].labels == c].float().mean(0) for c in range(10)])
+    means = torch.stack(
+        [sets["test"].images[sets["test"].labels == c].float().mean(0) for c in range(10)]
+    )
     for name in ("train", "val"):
         for label in range(10):
             mine = sets[name].images[sets[name].labels == label].float().mean(0)
@@ -134,23 +151,36 @@ def test_random_boxes_follow_random_resized_crop():
     from torchvision.transforms import RandomResizedCrop
 
     image = torch.zeros(1, 224, 224)
-    theirs = torch.tensor([
-        RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20000)
-    ]).float()
-    for ours, other in ((boxes[:, 0], theirs[:, 1]), (boxes[:, 1], theirs[:, 0]),
-                        (sides[:, 0], theirs[:, 3]), (sides[:, 1], theirs[:, 2])):
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(20000)]
+    ).float()
+    for ours, other in (
+        (boxes[:, 0], theirs[:, 1]),
+        (boxes[:, 1], theirs[:, 0]),
+        (sides[:, 0], theirs[:, 3]),
+        (sides[:, 1], theirs[:, 2]),
+    ):
         assert (ours.mean() - other.mean()).abs() < 2 and (ours.std() - other.std()).abs() < 2
 
 
 def test_crop_is_a_resize_of_the_box_with_half_pixel_centres():
     # On a ramp a crop must give the coordinates of its own pixels' centres.
     ramp = torch.arange(28.0).add(0.5).expand(1, 1, 28, 28).repeat(2, 1, 1, 1)
-    boxes = torch.tensor([[4.0, 3.0, 20.0, 27.0], [1.0, 0.5, 27.0, 27.0], [5.0, 5.0, 13.0, 13.0], [2.5, 1.0, 26.5, 9]])
+    boxes = torch.tensor(
+        [
+            [4.0, 3.0, 20.0, 27.0],
+            [1.0, 0.5, 27.0, 27.0],
+            [5.0, 5.0, 13.0, 13.0],
+            [2.5, 1.0, 26.5, 9],
+        ]
+    )
     out = crop(ramp, boxes, 8)
     assert out.shape == (4, 1, 8, 8)
     for box, row in zip(boxes, out[:, 0, 3]):
         x1, x2 = box[0], box[2]
-        torch.testing.assert_close(row, x1 + (torch.arange(8) + 0.5) * (x2 - x1) / 8, atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            row, x1 + (torch.arange(8) + 0.5) * (x2 - x1) / 8, atol=1e-3, rtol=0
+        )
 
 
 def test_crop_takes_picture_i_for_box_i():
@@ -159,9 +189,14 @@ def test_crop_takes_picture_i_for_box_i():
     assert crop(pictures, boxes, 4).mean((1, 2, 3)).tolist() == pytest.approx([0, 1, 2, 0, 1, 2])
 
 
-@pytest.mark.parametrize("position, adjust", [
-    (0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation),
-])
+@pytest.mark.parametrize(
+    "position, adjust",
+    [
+        (0, TF.adjust_brightness),
+        (1, TF.adjust_contrast),
+        (2, TF.adjust_saturation),
+    ],
+)
 def test_each_colour_change_is_torchvisions(position, adjust):
     torch.manual_seed(0)
     images = 0.3 + 0.3 * torch.rand(6, 3, 16, 16)  # away from the clamps
@@ -183,9 +218,14 @@ def test_hue_keeps_luma_and_grey_and_turns_red_to_yellow():
         matrices = color_matrices(images.mean((2, 3)), (0, 0, 0, 0.1))
         changed = matrices[:, :, :3] @ images[..., 0]
         luma = torch.tensor(data.LUMA) @ changed
-        torch.testing.assert_close(luma, torch.tensor(data.LUMA) @ images[..., 0], atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            luma, torch.tensor(data.LUMA) @ images[..., 0], atol=2e-3, rtol=0
+        )
     torch.testing.assert_close(
-        change_colors(grey, color_matrices(grey.mean((2, 3)), (0, 0, 0, 0.1))), grey, atol=5e-3, rtol=0
+        change_colors(grey, color_matrices(grey.mean((2, 3)), (0, 0, 0, 0.1))),
+        grey,
+        atol=5e-3,
+        rtol=0,
     )
     # As torchvision's hue in direction: some draws turn red towards yellow, others towards magenta.
     changed = change_colors(red, color_matrices(red.mean((2, 3)), (0, 0, 0, 0.1)))

