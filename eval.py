@@ -184,6 +184,7 @@ def main():
 
     batch_size = min(args.batch_size, len(sets["train"]))
     per_epoch = len(sets["train"]) // batch_size
+    steps = args.epochs * per_epoch
     batches = Batches(
         sets["train"].labels,
         batch_size,
@@ -193,12 +194,12 @@ def main():
         start=epoch * per_epoch,
     )
     view = classifier_view if args.augment else evaluation_view
-    progress, began = Progress(args.epochs * per_epoch, batches.steps.start), time.monotonic()
+    progress, began = Progress(steps, batches.steps.start), time.monotonic()
     loader = load_batches(sets["train"], batches, args.workers, device)
     for step, (images, labels) in zip(batches.steps, loader):
         torch.manual_seed(seed_from(args.seed, step))
         model.train()
-        passed = sum(step >= milestone * len(batches) for milestone in args.milestones)
+        passed = sum(step >= milestone * steps for milestone in args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * 0.1**passed
         views = view(images.to(device), recipe)
