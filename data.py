@@ -36,7 +36,7 @@ DATASETS = {
         # stage 1
         stage1=dict(
             arch="resnet_small",
-            epochs=160,
+            epochs=120,
             warmup_epochs=5,
             batch_size=128,
             lr=0.3,

@@ -126,7 +126,7 @@ def parse_args():
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help=f"checkpoint of train.py (default: runs/{train.DEFAULT}/checkpoint.pth)",
+        help="checkpoint of train.py (default: OUTPUT/checkpoint.pth)",
     )
     parser.setting(
         "--bn",

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
             "--output",
             type=Path,
             metavar="DIR",
-            help="directory of everything this run writes (default: runs/DATASET)",
+            help="directory of all that a run writes (default: runs/DATASET, or the checkpoint's)",
         )
         self.setting("--epochs", number(int, 1), "passes over the training set")
         self.setting("--batch-size", number(int, 1), "pictures a step, over all processes")

@@ -84,25 +84,23 @@ def peak_megabytes(side, device):
         before = torch.cuda.memory_allocated()
         forward_backward(side, tensors)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
+    unit, scale = 2**20, 1 if sys.platform == "darwin" else 2**10
     # Threads, matrix multiplication and autograd load their code on a problem of another size.
     small = [t.detach()[..., :64, :].clone() if t.is_floating_point() else t[:64] for t in tensors]
     small[0].requires_grad_(), small[-1].requires_grad_()
     forward_backward(side, small)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if Path("/proc/self/statm").exists():  # what is held now, where the system tells
+        before = (
+            int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / unit
+        )
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / unit
     forward_backward(side, tensors)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / unit - before
 
 
 def losses(args):
-    tensors = inputs(args.device)
-    results = {side: forward_backward(side, tensors) for side in SIDES}
-    times = {side: [] for side in SIDES}
-    for _ in range(args.rounds):  # in turn, so that a machine that drifts is fair to both
-        for side in SIDES:
-            began = time.perf_counter()
-            forward_backward(side, tensors)
-            times[side].append(time.perf_counter() - began)
+    # Memory first: a child's peak starts at what its parent holds when it is born.
     memory = {
         side: float(
             subprocess.check_output(
@@ -111,6 +109,14 @@ def losses(args):
         )
         for side in SIDES
     }
+    tensors = inputs(args.device)
+    results = {side: forward_backward(side, tensors) for side in SIDES}
+    times = {side: [] for side in SIDES}
+    for _ in range(args.rounds):  # in turn, so that a machine that drifts is fair to both
+        for side in SIDES:
+            began = time.perf_counter()
+            forward_backward(side, tensors)
+            times[side].append(time.perf_counter() - began)
 
     print(
         f"DSCL + PBSD, forward and backward, float32: "
