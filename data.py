@@ -146,7 +146,7 @@ def load_dataset(name, root=None):
 
 def seed_from(*numbers):
     """One seed from several non-negative integers (seed, step, rank, ...), well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Batches(Sampler):

@@ -137,9 +137,11 @@ def frozen_running_statistics(module):
     tracked = [m.track_running_stats for m in norms]
     for norm in norms:
         norm.track_running_stats = False
-    yield
-    for norm, track in zip(norms, tracked):
-        norm.track_running_stats = track
+    try:
+        yield
+    finally:
+        for norm, track in zip(norms, tracked):
+            norm.track_running_stats = track
 
 
 class MomentumEncoder(nn.Module):

@@ -179,12 +179,17 @@ def same_settings(path, before, now):
         raise BadInput(f"{path} is of another run ({'; '.join(differ)}); choose another --output")
 
 
+def as_is(batch):
+    """The pictures come as a batch already; a lambda would not reach spawned workers."""
+    return batch
+
+
 def load_batches(pictures, batches, workers, device):
     """A DataLoader of (images uint8, labels) that follows the index lists of `batches`."""
     return DataLoader(
         pictures,
         batch_sampler=batches,
-        collate_fn=lambda batch: batch,
+        collate_fn=as_is,
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
@@ -405,7 +410,7 @@ def main():
             save(path, dict(stage=STAGE, args=plain(args), step=step, **states))
 
     if rank == 0:
-        print(f"done: {path}", file=sys.stderr)
+        print(f"done: {path}; stage 2: python eval.py --output {args.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def read_idx(path):
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def main(source):
+def main(source, target):
     arrays = {
         f"{split}_{kind}": read_idx(source / f"{name}-{kind}-idx{rank}-ubyte.gz")
         for split, name in (("train", "train"), ("test", "t10k"))
@@ -37,7 +37,6 @@ def main(source):
     for split, indices in (("train", chosen), ("val", [rest[:100] for rest in unused])):
         indices = np.concatenate(indices)
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[indices], labels[indices]
-    target = Path(__file__).with_name("fashion_mnist_lt.npz")
     np.savez_compressed(target, **{name: arrays[name] for name in sorted(arrays)})
     print(target, target.stat().st_size, "bytes")
 
@@ -45,4 +44,4 @@ def main(source):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(__file__).with_name("fashion_mnist_lt.npz"))

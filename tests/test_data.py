@@ -1,5 +1,9 @@
 """The shipped data set, long-tailed subsets, samplers, views and patches."""
 
+import gzip
+import zipfile
+
+import build_fashion_mnist_lt
 import numpy as np
 import pytest
 import torch
@@ -95,6 +99,28 @@ def test_missing_and_broken_files_are_named(tmp_path):
         (tmp_path / "fashion_mnist_lt.npz").write_bytes(content)
         with pytest.raises(BadInput, match="fashion_mnist_lt.npz cannot be read"):
             load_dataset("fashion_mnist_lt", tmp_path)
+
+
+def test_the_build_script_gives_the_same_bytes_every_time(tmp_path):
+    random = np.random.default_rng(0)
+    for name, size in (("train", 12000), ("t10k", 100)):
+        arrays = {
+            f"{name}-images-idx3-ubyte.gz": random.integers(256, size=(size, 28, 28)),
+            f"{name}-labels-idx1-ubyte.gz": np.arange(size) % 10,
+        }
+        for file, array in arrays.items():
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            content = header + array.astype(np.uint8).tobytes()
+            (tmp_path / file).write_bytes(gzip.compress(content, compresslevel=1))
+    for target in ("a.npz", "b.npz"):
+        build_fashion_mnist_lt.main(tmp_path, tmp_path / target)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:  # no clock in the file
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert np.bincount(arrays["train_labels"]).tolist() == COUNTS
+        assert np.bincount(arrays["val_labels"]).tolist() == [100] * 10
+        assert len(arrays["test_images"]) == 100
 
 
 # ------------------------------------------------------------------------------------- samplers
