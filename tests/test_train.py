@@ -156,7 +156,7 @@ def test_stage_2_goes_on_from_its_last_epoch(trained, small_root, tmp_path):
     assert states_equal(content, again)
 
 
-def test_two_processes_share_a_batch_and_hold_the_same_weights(small_root, tmp_path):
+def test_two_processes_share_a_batch_and_queue_the_keys_of_both(small_root, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1, *TINY[2:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
