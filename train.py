@@ -350,7 +350,8 @@ def main():
         )
 
     model = DistributedDataParallel(encoder, broadcast_buffers=False) if world > 1 else encoder
-    encoder.train(), momentum_encoder.train()
+    model.train()
+    momentum_encoder.train()
     sums, since, began = 0, 0, time.monotonic()
     for images, labels in load_batches(train_set, batches, args.workers, device):
         # What a step draws follows from (seed, step, rank) alone: no generator state to save.
