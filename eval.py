@@ -9,7 +9,6 @@ OUTPUT/results.json and OUTPUT/classifier.pth; the same command again goes on fr
 
 import copy
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -197,7 +196,7 @@ def main():
     progress, began = Progress(steps, batches.steps.start), time.monotonic()
     loader = load_batches(sets["train"], batches, args.workers, device)
     for step, (images, labels) in zip(batches.steps, loader):
-        torch.manual_seed(seed_from(args.seed, step))
+        torch.manual_seed(seed_from(args.seed, step, 1))  # not the stream that drew the classes
         model.train()
         passed = sum(step >= milestone * steps for milestone in args.milestones)
         for group in optimizer.param_groups:
@@ -241,9 +240,8 @@ def main():
     results |= dict(
         val_top1=best["top1"], epoch=best["epoch"], counts=counts.tolist(), arguments=plain(args)
     )
-    beside = args.output / "results.json.new"
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(beside, args.output / "results.json")
+    text = json.dumps(results, indent=1) + "\n"
+    save(args.output / "results.json", text.encode(), lambda content, file: file.write(content))
     print(table(results, counts))
     print(
         f"val {best['top1']:.2f} at epoch {best['epoch']}; {args.output / 'results.json'}",

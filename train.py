@@ -141,11 +141,14 @@ def start(device):
     return rank, world, torch.device(device)
 
 
-def save(path, content):
-    """Write a checkpoint beside `path`, then put it in its place: there is always a whole one."""
+def save(path, content, write=torch.save):
+    """Write a file beside `path`, then put it in its place: there is always a whole one.
+
+    write(content, file) fills the file, opened for bytes; by default as a checkpoint.
+    """
     beside = path.with_name(path.name + ".new")
     with open(beside, "wb") as file:
-        torch.save(content, file)
+        write(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
