@@ -2,9 +2,11 @@
 
     python eval.py                                                 # after python train.py
     python eval.py --checkpoint runs/mine/checkpoint.pth           # any run of train.py
+    torchrun --nproc_per_node=8 eval.py --output runs/imagenet_lt  # several GPUs
 
-Chooses the epoch on val, reports on test by many/medium/few-shot classes. Writes
-OUTPUT/results.json and OUTPUT/classifier.pth; the same command again goes on from there.
+Chooses the epoch on val, reports on test by many/medium/few-shot classes; without a val split the
+last epoch counts, without a test split val is reported. Writes OUTPUT/results.json and
+OUTPUT/classifier.pth; the same command again goes on from there.
 """
 
 import copy
@@ -14,8 +16,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from data import (
@@ -70,42 +74,53 @@ class LinearProbe(nn.Module):
         return self.classifier(features)
 
 
-def metrics(logits, labels, train_counts):
-    """Accuracies in percent of a balanced test set; a group's is the mean over its classes'.
+def shard(count, rank, world, batch_size=128):
+    """Batches of every picture of a split, for a loader: this process's part, none twice."""
+    return [(rows.tolist(), None) for rows in torch.arange(rank, count, world).split(batch_size)]
 
-    logits [N, classes], labels [N], train_counts [classes]. Gives top1, top5, many, medium, few and
-    per_class; None for a group or class without pictures.
+
+@torch.no_grad()
+def count_right(model, loader, recipe, classes, device):
+    """Pictures of each class, those whose label ranks first, and among the first five.
+
+    The loader's pictures of all processes together: int64 [3, classes], on the CPU.
     """
-    top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # [N, 5]
-    total = labels.bincount(minlength=len(train_counts))
-    right = labels[top5[:, 0]].bincount(minlength=len(train_counts))
-    per_class = 100 * right.double() / total  # NaN where a class has no test picture
+    model.eval()
+    tally = torch.zeros(3, classes, dtype=torch.long, device=device)
+    for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        logits = model(evaluation_view(images, recipe))
+        hits = logits.topk(min(5, classes)).indices == labels[:, None]  # [B, 5]
+        counted = torch.stack([torch.ones_like(labels), hits[:, 0], hits.any(1)])
+        tally.index_add_(1, labels, counted)
+    if dist.is_initialized():
+        dist.all_reduce(tally)
+    return tally.cpu()
+
+
+def metrics(tally, train_counts):
+    """Accuracies in percent: top1 and top5 over pictures; many, medium, few and all over classes.
+
+    tally [3, classes] of count_right, train_counts [classes]. A group's accuracy is the mean over
+    its classes' (on a balanced test set `all` is top1); None for a group or class without pictures.
+    """
+    total, right, _ = tally
+    per_class = 100 * right.double() / total  # NaN where a class has no picture
 
     def mean(mask):
         values = per_class[mask & (total > 0)]
-        return values.mean().item() if len(values) else None
+        return round(values.mean().item(), 6) if len(values) else None  # ties stay ties
 
-    groups = {name: mean(mask) for name, mask in shot_groups(train_counts).items()}
+    groups = shot_groups(train_counts) | {"all": total > 0}
+    top1, top5 = (100 * tally[1:].sum(1).double() / total.sum()).tolist()
     return dict(
-        top1=100 * top5[:, 0].double().mean().item(),
-        top5=100 * top5.any(1).double().mean().item(),
-        **groups,
+        top1=top1,
+        top5=top5,
+        **{name: mean(mask) for name, mask in groups.items()},
         per_class=[
             value if count else None for value, count in zip(per_class.tolist(), total.tolist())
         ],
     )
-
-
-@torch.no_grad()
-def predict(model, pictures, recipe, device, batch_size=500):
-    """Logits [N, classes] of all pictures, unaugmented, and their labels [N]; both on the CPU."""
-    model.eval()
-    batches = torch.arange(len(pictures)).split(batch_size)
-    loader = load_batches(pictures, [batch.tolist() for batch in batches], 0, device)
-    logits, labels = zip(
-        *((model(evaluation_view(x.to(device), recipe)).cpu(), y) for x, y in loader)
-    )
-    return torch.cat(logits), torch.cat(labels)
 
 
 def table(results, counts):
@@ -115,7 +130,7 @@ def table(results, counts):
         if results[name] is not None:
             span = f"{int(counts[mask].max())} to {int(counts[mask].min())} each"
             rows.append(f"{name:<8}{int(mask.sum()):>8}{span:>20}{results[name]:>8.2f}")
-    rows.append(f"{'all':<8}{len(counts):>8}{int(counts.sum()):>20,}{results['top1']:>8.2f}")
+    rows.append(f"{'all':<8}{len(counts):>8}{int(counts.sum()):>20,}{results['all']:>8.2f}")
     return "\n".join(rows)
 
 
@@ -143,24 +158,28 @@ def main():
         args.checkpoint = (
             args.output or Path("runs") / (args.dataset or train.DEFAULT)
         ) / "checkpoint.pth"
-    _, world, device = start(args.device)
-    if world > 1:
-        raise BadInput("stage 2 runs in one process: call python eval.py, without torchrun")
+    rank, world, device = start(args.device)
     stage1 = load(args.checkpoint, train.STAGE, device)
-    trained_on = stage1["args"]["dataset"]
-    if args.dataset not in (None, trained_on):
-        raise BadInput(
-            f"{args.checkpoint} was trained on {trained_on}, not on --dataset {args.dataset}"
-        )
-    args.dataset = trained_on
-    args.output = args.output or args.checkpoint.parent
-    recipe = with_recipe(args, "stage2")
     args.stage1 = stage1["args"] | {"step": stage1["step"]}
+    for name in ("dataset", "imbalance"):
+        given, trained = getattr(args, name), args.stage1[name]
+        if given not in (None, trained):
+            raise BadInput(f"{args.checkpoint} was trained with --{name} {trained}, not {given}")
+    for name in ("dataset", "imbalance", "data_root", "index_dir"):
+        if getattr(args, name) is None:
+            setattr(args, name, args.stage1[name])
+    args.output = args.output or args.checkpoint.parent
 
-    sets = load_dataset(args.dataset, args.data_root)
-    counts = sets["train"].counts
+    sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
+    recipe = with_recipe(args, "stage2", len(sets["train"]))
+    recipe = recipe | dict(view_size=args.stage1["view_size"])
+    counts = sets["train"].labels.bincount()
+    classes = len(counts)
+    reported = "test" if "test" in sets else "val"
+    chosen = "val" if reported == "test" and "val" in sets else None
+
     torch.manual_seed(args.seed)
-    model = LinearProbe(args.stage1["arch"], sets["train"].classes, args.bn)
+    model = LinearProbe(args.stage1["arch"], classes, args.bn)
     model = model.to(device, memory_format=torch.channels_last)
     backbone = {
         name.removeprefix("backbone."): value
@@ -172,7 +191,7 @@ def main():
         model.classifier.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay
     )
 
-    path, epoch, best = args.output / "classifier.pth", 0, {"top1": -1.0}
+    path, epoch, best = args.output / "classifier.pth", 0, {"accuracy": -1.0}
     args.output.mkdir(parents=True, exist_ok=True)
     if path.exists():
         checkpoint = load(path, STAGE, device)
@@ -182,27 +201,30 @@ def main():
         epoch, best = checkpoint["epoch"], checkpoint["best"]
 
     batch_size = min(args.batch_size, len(sets["train"]))
-    per_epoch = len(sets["train"]) // batch_size
-    steps = args.epochs * per_epoch
+    share = dict(start=epoch * (len(sets["train"]) // batch_size), rank=rank, world=world)
     batches = Batches(
-        sets["train"].labels,
-        batch_size,
-        args.epochs,
-        seed=args.seed,
-        balanced=True,
-        start=epoch * per_epoch,
+        sets["train"].labels, batch_size, args.epochs, seed=args.seed, balanced=True, **share
     )
+    per_epoch, steps = batches.per_epoch, args.epochs * batches.per_epoch
+    loading = dict(recipe=recipe, workers=args.workers, device=device)
+    loader = load_batches(sets["train"], batches, crops=int(args.augment), **loading)
+    shards = {
+        split: load_batches(sets[split], shard(len(sets[split]), rank, world), crops=0, **loading)
+        for split in {chosen, reported} - {None}
+    }
     view = classifier_view if args.augment else evaluation_view
-    progress, began = Progress(steps, batches.steps.start), time.monotonic()
-    loader = load_batches(sets["train"], batches, args.workers, device)
+    probe = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    progress = Progress(steps, batches.steps.start, enabled=rank == 0)
+    began = time.monotonic()
     for step, (images, labels) in zip(batches.steps, loader):
-        torch.manual_seed(seed_from(args.seed, step, 1))  # not the stream that drew the classes
+        # Not the stream that drew the classes.
+        torch.manual_seed(seed_from(args.seed, step, 1, rank))
         model.train()
         passed = sum(step >= milestone * steps for milestone in args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * 0.1**passed
-        views = view(images.to(device), recipe)
-        loss = F.cross_entropy(model(views), labels.to(device))
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        loss = F.cross_entropy(probe(view(images, recipe)), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -210,25 +232,22 @@ def main():
             continue
 
         epoch = (step + 1) // per_epoch
-        val = metrics(*predict(model, sets["val"], recipe, device), counts)["top1"]
-        if val > best["top1"]:
-            best = dict(top1=val, epoch=epoch, model=copy.deepcopy(model.state_dict()))
-        save(
-            path,
-            dict(
-                stage=STAGE,
-                args=plain(args),
-                epoch=epoch,
-                best=best,
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-            ),
-        )
+        if world > 1 and args.bn == "train":  # every process has statistics of its own pictures
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        accuracy = epoch  # without val the last epoch is the best
+        if chosen:
+            tally = count_right(model, shards[chosen], recipe, classes, device)
+            accuracy = metrics(tally, counts)["all"]
+        if accuracy > best["accuracy"]:
+            best = dict(accuracy=accuracy, epoch=epoch, model=copy.deepcopy(model.state_dict()))
+        if rank == 0:
+            states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+            save(path, dict(stage=STAGE, args=plain(args), epoch=epoch, best=best, **states))
         rate = (step + 1 - batches.steps.start) * batch_size / (time.monotonic() - began)
+        values = f"loss {loss.item():.3f}" + (f"  val {accuracy:.2f}" if chosen else "")
         progress.show(
-            step + 1,
-            f"classifier, epoch {epoch}/{args.epochs}  loss {loss.item():.3f}  "
-            f"val {val:.2f}  {rate:.0f} pictures/s",
+            step + 1, f"classifier, epoch {epoch}/{args.epochs}  {values}  {rate:.0f} pictures/s"
         )
 
     # Only now the test set, once, with the epoch that val chose.
@@ -236,15 +255,25 @@ def main():
     frozen = dict(model.backbone.named_parameters())
     if not all(torch.equal(frozen[name], backbone[name]) for name in frozen):
         raise RuntimeError("the frozen backbone changed while the classifier trained")
-    results = metrics(*predict(model, sets["test"], recipe, device), counts)
+    results = metrics(count_right(model, shards[reported], recipe, classes, device), counts)
+    if rank > 0:
+        return
     results |= dict(
-        val_top1=best["top1"], epoch=best["epoch"], counts=counts.tolist(), arguments=plain(args)
+        reported_on=reported,
+        chosen_on=chosen,
+        val=best["accuracy"] if chosen else None,
+        epoch=best["epoch"],
+        counts=counts.tolist(),
+        classes=sets["train"].names,
+        arguments=plain(args),
     )
     text = json.dumps(results, indent=1) + "\n"
     save(args.output / "results.json", text.encode(), lambda content, file: file.write(content))
     print(table(results, counts))
     print(
-        f"val {best['top1']:.2f} at epoch {best['epoch']}; {args.output / 'results.json'}",
+        f"on {reported}, at epoch {best['epoch']}, "
+        + (f"chosen on val ({best['accuracy']:.2f})" if chosen else "the last")
+        + f"; {args.output / 'results.json'}",
         file=sys.stderr,
     )
 

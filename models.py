@@ -34,6 +34,26 @@ def build_backbone(arch):
     return nn.Sequential(OrderedDict(layers)), resnet.fc.in_features
 
 
+def load_pretrained(backbone, arch, source):
+    """Fill a backbone of build_backbone(arch) with weights of torchvision's architecture.
+
+    source is a file with a state dict, or torchvision's name of weights (such as IMAGENET1K_V1),
+    which it downloads once. Their classifier `fc` is left out. ValueError if they do not fit.
+    """
+    names = () if arch == "resnet_small" else torchvision.models.get_model_weights(arch).__members__
+    try:
+        if source in names:
+            state = torchvision.models.get_model_weights(arch)[source].get_state_dict()
+        else:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        backbone.load_state_dict(state)
+    except Exception as error:  # a missing or foreign file, no network, other weights
+        reason = " ".join(str(error).split())[:160]
+        choice = f"a file of {arch} weights" + (f", or one of {', '.join(names)}" if names else "")
+        raise ValueError(f"not {choice} ({reason})") from None
+
+
 def resnet_small(width=32):
     """ResNet-8 for pictures of 28 to 32 pixels: 3x3 stem, three residual blocks, stride 4 in all.
 

@@ -24,9 +24,18 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import DATASETS, BadInput, Batches, load_dataset, seed_from, training_views
+from data import (
+    DATASETS,
+    BadInput,
+    Batches,
+    Views,
+    load_dataset,
+    recipe_of,
+    seed_from,
+    training_views,
+)
 from losses import dscl_loss, pbsd_loss
-from models import ARCHS, Encoder, MomentumEncoder, Queue
+from models import ARCHS, Encoder, MomentumEncoder, Queue, load_pretrained
 
 DEFAULT = "fashion_mnist_lt"
 LOG_EVERY = 10  # steps; also at the end of every epoch
@@ -37,22 +46,49 @@ STAGE = "DSCL + PBSD, stage 1"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with the arguments of both stages, whose errors are one line."""
+    """A parser with the arguments that name a data set and, if given, those of a stage.
 
-    def __init__(self, description, stage):
+    Its errors are one line.
+    """
+
+    def __init__(self, description, stage=None):
         super().__init__(
             description=description,
-            epilog="A setting without a flag takes the value of the data set's recipe in data.py.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.recipe = DATASETS[DEFAULT][stage]
         self.add_argument("--dataset", choices=DATASETS, help=f"data set (default: {DEFAULT})")
         self.add_argument(
             "--data-root",
             type=Path,
             metavar="DIR",
-            help="where its files are (default: where the repository ships them)",
+            help="where its pictures are (default: where the repository ships them)",
         )
+        self.add_argument(
+            "--index-dir",
+            type=Path,
+            metavar="DIR",
+            help="where index files such as ImageNet_LT_train.txt are (default: --data-root)",
+        )
+        self.add_argument(
+            "--imbalance",
+            type=number(float, 1),
+            metavar="X",
+            help="CIFAR-LT: pictures of the largest class over those of the smallest; the field "
+            "takes 10, 50 and 100 (default: 100)",
+        )
+        self.add_argument(
+            "--workers",
+            type=number(int, 0),
+            metavar="N",
+            help="processes that decode pictures, for each GPU (default: the machine's cores "
+            "shared out; 0 for sets that are in memory)",
+        )
+        if stage:
+            self.epilog = "What has no flag takes the value of the data set's recipe in data.py."
+            self.recipe = DATASETS[DEFAULT][stage]
+            self.add_stage_arguments()
+
+    def add_stage_arguments(self):
         self.add_argument(
             "--output",
             type=Path,
@@ -62,16 +98,12 @@ class Parser(argparse.ArgumentParser):
         self.setting("--epochs", number(int, 1), "passes over the training set")
         self.setting("--batch-size", number(int, 1), "pictures a step, over all processes")
         self.setting(
-            "--lr", number(float, 0, above=True), "peak learning rate of SGD, for this batch size"
+            "--lr",
+            number(float, 0, above=True),
+            "peak learning rate of SGD; when not given, the recipe's in proportion to --batch-size",
         )
         self.add_argument(
             "--seed", type=number(int, 0), default=0, help="seed of everything (default: 0)"
-        )
-        self.add_argument(
-            "--workers",
-            type=number(int, 0),
-            metavar="N",
-            help="data loading processes (default: the recipe's; 0 for sets that are in memory)",
         )
         self.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
 
@@ -79,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         """A flag that wins over the recipe's value of the same name."""
         default = self.recipe[flag[2:].replace("-", "_")]
         if "choices" not in options:
-            options["metavar"] = "N" if isinstance(default, int) else "X"
+            options.setdefault("metavar", "N" if isinstance(default, int) else "X")
         self.add_argument(
             flag, type=type, help=f"{text} (recipe of {DEFAULT}: {default})", **options
         )
@@ -107,10 +139,20 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-def with_recipe(args, stage):
-    """Fill every argument that was not given with the data set's recipe."""
-    recipe = DATASETS[args.dataset]
-    for name, value in {"workers": recipe["workers"], **recipe[stage]}.items():
+def cores():
+    """The cores that each process of this machine can have for its workers."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def with_recipe(args, stage, pictures):
+    """Fill every argument that was not given with the data set's recipe, and return that."""
+    recipe = recipe_of(args.dataset, pictures)
+    if args.workers is None:
+        args.workers = cores() if recipe["workers"] is None else recipe["workers"]
+    if args.lr is None and args.batch_size:
+        args.lr = recipe[stage]["lr"] * args.batch_size / recipe[stage]["batch_size"]
+    for name, value in recipe[stage].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.output = args.output or Path("runs") / args.dataset
@@ -172,7 +214,7 @@ def load(path, stage, device):
 
 def same_settings(path, before, now):
     """A run goes on only with the settings it began with; BadInput lists those that differ."""
-    free = {"output", "data_root", "workers", "device"}
+    free = {"output", "data_root", "index_dir", "workers", "device"}
     differ = [
         f"{name} was {before.get(name)}, now {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
@@ -182,19 +224,15 @@ def same_settings(path, before, now):
         raise BadInput(f"{path} is of another run ({'; '.join(differ)}); choose another --output")
 
 
-def as_is(batch):
-    """The pictures come as a batch already; a lambda would not reach spawned workers."""
-    return batch
-
-
-def load_batches(pictures, batches, workers, device):
-    """A DataLoader of (images uint8, labels) that follows the index lists of `batches`."""
+def load_batches(pictures, batches, recipe, crops, workers, device):
+    """A DataLoader of (images uint8 [crops or 1, B, C, H, W], labels [B]), see data.Views."""
     return DataLoader(
-        pictures,
-        batch_sampler=batches,
-        collate_fn=as_is,
+        Views(pictures, recipe, crops),
+        sampler=batches,
+        batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
     )
 
 
@@ -225,7 +263,9 @@ def run(main):
     try:
         main()
     except BadInput as error:
-        print(f"{clear}{program}: error: {error}", file=sys.stderr)
+        # What a worker raised arrives as the text of its traceback, with the message in the end.
+        message = str(error).rpartition(f"{BadInput.__name__}: ")[2].strip()
+        print(f"{clear}{program}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(
@@ -250,6 +290,13 @@ def run(main):
 def parse_args():
     parser = Parser(__doc__, "stage1")
     parser.setting("--arch", str, "backbone", choices=ARCHS)
+    parser.setting(
+        "--pretrained",
+        str,
+        "weights the backbone starts from: a file with a state dict of torchvision's ResNet, "
+        "torchvision's name of such (IMAGENET1K_V1), or none",
+        metavar="WEIGHTS",
+    )
     parser.add_argument(
         "--loss",
         choices=("dscl", "scl", "ce"),
@@ -262,6 +309,8 @@ def parse_args():
     )
     parser.setting("--pbsd-weight", number(float, 0), "lambda of PBSD, 0 turns it off; paper: 1.5")
     parser.setting("--patches", number(int, 1), "patches L a picture; paper: 5")
+    parser.setting("--view-size", number(int, 8), "pixels of the views' sides; paper: 224")
+    parser.setting("--patch-size", number(int, 4), "pixels of the patches' sides; paper: 64")
     parser.setting(
         "--queue-size",
         number(int, 0),
@@ -271,6 +320,9 @@ def parse_args():
         "--momentum-encoder", number(float, 0, 1), "m of the key encoder's moving average"
     )
     parser.setting("--temperature", number(float, 0, above=True), "tau of both losses; paper: 0.07")
+    parser.setting(
+        "--warmup-epochs", number(int, 0), "epochs in which the learning rate rises to its peak"
+    )
     args = parser.parse_args()
     args.dataset = args.dataset or DEFAULT
     return args
@@ -294,7 +346,7 @@ def gather(tensor):
     return torch.cat(parts)
 
 
-def open_log(path, args, step):
+def open_log(path, args, splits, step):
     """log.jsonl, line by line; a resumed run keeps the records up to its checkpoint."""
     if step:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -302,7 +354,8 @@ def open_log(path, args, step):
     else:
         versions = {"python": sys.version.split()[0]}
         versions |= {m.__name__: m.__version__ for m in (torch, torchvision)}
-        header = {"command": shlex.join(sys.argv), "versions": versions, "arguments": plain(args)}
+        header = dict(command=shlex.join(sys.argv), versions=versions, splits=splits)
+        header["arguments"] = plain(args)
         lines = [json.dumps(header) + "\n"]
     path.write_text("".join(lines))
     return open(path, "a", buffering=1)
@@ -310,16 +363,25 @@ def open_log(path, args, step):
 
 def main():
     args = parse_args()
-    recipe = with_recipe(args, "stage1")
+    sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
+    train_set = sets["train"]
+    recipe = with_recipe(args, "stage1", len(train_set))
+    recipe = recipe | dict(view_size=args.view_size, patch_size=args.patch_size)
     if args.loss == "scl":
         args.alpha = None
     contrastive = args.loss != "ce"
     patches = args.patches if contrastive and args.pbsd_weight else 0
     rank, world, device = start(args.device)
 
-    train_set = load_dataset(args.dataset, args.data_root)["train"]
     torch.manual_seed(args.seed)
-    encoder = Encoder(args.arch, classes=None if contrastive else train_set.classes)
+    classes = None if contrastive else int(train_set.labels.max()) + 1
+    encoder = Encoder(args.arch, classes=classes)
+    path, step = args.output / "checkpoint.pth", 0
+    if args.pretrained not in (None, "none") and not path.exists():
+        try:
+            load_pretrained(encoder.backbone, args.arch, args.pretrained)
+        except ValueError as error:
+            raise BadInput(f"--pretrained {args.pretrained}: {error}") from None
     encoder = encoder.to(device, memory_format=torch.channels_last)
     momentum_encoder = MomentumEncoder(encoder, args.momentum_encoder)
     queue = Queue(args.queue_size if contrastive else 0, encoder.dim).to(device)
@@ -328,7 +390,6 @@ def main():
     )
 
     # The same command again goes on from the checkpoint.
-    path, step = args.output / "checkpoint.pth", 0
     args.output.mkdir(parents=True, exist_ok=True)
     parts = dict(
         encoder=encoder, momentum_encoder=momentum_encoder, queue=queue, optimizer=optimizer
@@ -342,7 +403,8 @@ def main():
     share = dict(start=step, rank=rank, world=world)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, seed=args.seed, **share)
     steps, per_epoch = args.epochs * batches.per_epoch, batches.per_epoch
-    log = open_log(args.output / "log.jsonl", args, step) if rank == 0 else None
+    splits = {split: f"{len(part)} pictures of {part.origin}" for split, part in sets.items()}
+    log = open_log(args.output / "log.jsonl", args, splits, step) if rank == 0 else None
     progress = Progress(steps, step, enabled=rank == 0)
     if rank == 0:
         verb = f"going on from epoch {step // per_epoch} of" if step else "training"
@@ -351,12 +413,16 @@ def main():
             f"{args.epochs} epochs of {per_epoch} steps, {world} x {device.type}",
             file=sys.stderr,
         )
+        for split in ("val", "test"):
+            if "held out" in splits.get(split, ""):
+                print(f"{split}: {splits[split]}", file=sys.stderr)
 
     model = DistributedDataParallel(encoder, broadcast_buffers=False) if world > 1 else encoder
     model.train()
     momentum_encoder.train()
     sums, since, began = 0, 0, time.monotonic()
-    for images, labels in load_batches(train_set, batches, args.workers, device):
+    loader = load_batches(train_set, batches, recipe, 2, args.workers, device)
+    for images, labels in loader:
         # What a step draws follows from (seed, step, rank) alone: no generator state to save.
         torch.manual_seed(seed_from(args.seed, step, rank))
         lr = learning_rate(step, args, per_epoch)

@@ -3,28 +3,49 @@
 import pytest
 import torch
 
-from eval import LinearProbe, metrics, table
+from data import Pictures
+from eval import LinearProbe, count_right, metrics, shard, table
+from train import load_batches
 
 
 def test_metrics_are_class_means_by_group_and_none_where_a_group_is_empty():
     counts = torch.tensor([500, 200, 50, 30, 10, 2])
-    labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 4])  # class 5 has no test picture
-    answers = torch.tensor([0, 0, 1, 2, 2, 0, 0, 0, 4, 5])
-    logits = torch.nn.functional.one_hot(answers, 6).double()
-    results = metrics(logits, labels, counts)
-    assert results["per_class"] == [100, 50, 50, 0, 50, None]
+    tally = torch.tensor([[2, 4, 2, 2, 2, 0], [2, 2, 1, 0, 1, 0], [2, 4, 1, 1, 2, 0]])
+    results = metrics(tally, counts)
+    assert results["per_class"] == [100, 50, 50, 0, 50, None]  # class 5 has no test picture
     assert (results["many"], results["medium"], results["few"]) == (75, 25, 50)
-    assert results["top1"] == pytest.approx(50)
-    assert results["top5"] >= results["top1"]
-    assert metrics(logits, labels, counts + 100)["few"] is None
+    assert results["all"] == 50 and results["top1"] == 100 * 6 / 12
+    assert results["top5"] == pytest.approx(100 * 10 / 12)
+    assert metrics(tally, counts + 100)["few"] is None
     printed = table(results, counts)
     assert "75.00" in printed and "500 to 200 each" in printed and len(printed.splitlines()) == 5
 
 
-def test_top5_counts_the_five_largest():
-    logits = torch.arange(8.0).repeat(8, 1)  # ranks 7, 6, 5, 4, 3 first
-    results = metrics(logits, torch.arange(8), torch.full((8,), 50))
-    assert results["top1"] == pytest.approx(100 / 8) and results["top5"] == pytest.approx(500 / 8)
+class Ranks(torch.nn.Module):
+    """Logits of class c: c, but for the class that the picture's first pixel names, which is 2.5."""
+
+    def forward(self, images):
+        logits = torch.arange(8.0).repeat(len(images), 1)
+        return logits.scatter(1, images[:, 0, 0, :1].round().long(), 2.5)
+
+
+@pytest.mark.parametrize("batch_size, world, workers", [(64, 1, 0), (7, 1, 2), (5, 3, 0)])
+def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size, world, workers):
+    labels = torch.arange(50) % 8
+    images = torch.arange(50)[:, None, None, None].expand(-1, 3, 2, 2) % 8
+    pictures = Pictures(images.to(torch.uint8), labels, "made")
+    recipe = dict(mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    tally = 0
+    for rank in range(world):
+        batches = shard(len(pictures), rank, world, batch_size)
+        loader = load_batches(pictures, batches, recipe, 0, workers, torch.device("cpu"))
+        tally += count_right(Ranks(), loader, recipe, 8, torch.device("cpu"))
+    # 2.5 stands behind 7, 6, 5, 4 and 3, those of them that it has not replaced.
+    assert tally.tolist() == [
+        labels.bincount().tolist(),
+        [0] * 8,
+        [0, 0, 0] + labels.bincount()[3:].tolist(),
+    ]
 
 
 @pytest.mark.parametrize("bn", ["eval", "train"])

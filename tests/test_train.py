@@ -203,7 +203,7 @@ def fails(capsys, monkeypatch, stage, *arguments):
         (["--batch-size", "5000"], "--batch-size 5000 is larger than the 2478"),
         (["--loss", "triplet"], "--loss: invalid choice"),
         (["--device", "abacus"], "--device must be cpu, cuda or auto"),
-        (["--data-root", "nowhere"], "fashion_mnist_lt.npz not found"),
+        (["--data-root", "nowhere"], "nowhere is not a directory: --data-root"),
         (["--bogus"], "unrecognized arguments: --bogus"),
     ],
 )
