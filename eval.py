@@ -213,7 +213,7 @@ def main():
         for split in {chosen, reported} - {None}
     }
     view = classifier_view if args.augment else evaluation_view
-    probe = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    probe = DistributedDataParallel(model) if world > 1 else model
     progress = Progress(steps, batches.steps.start, enabled=rank == 0)
     began = time.monotonic()
     for step, (images, labels) in zip(batches.steps, loader):

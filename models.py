@@ -50,8 +50,8 @@ def load_pretrained(backbone, arch, source):
         backbone.load_state_dict(state)
     except Exception as error:  # a missing or foreign file, no network, other weights
         reason = " ".join(str(error).split())[:160]
-        choice = f"a file of {arch} weights" + (f", or one of {', '.join(names)}" if names else "")
-        raise ValueError(f"not {choice} ({reason})") from None
+        choice = f"neither a file of {arch} weights nor one of torchvision's names {[*names]}"
+        raise ValueError(f"{choice} ({reason})") from None
 
 
 def resnet_small(width=32):

@@ -417,7 +417,7 @@ def main():
             if "held out" in splits.get(split, ""):
                 print(f"{split}: {splits[split]}", file=sys.stderr)
 
-    model = DistributedDataParallel(encoder, broadcast_buffers=False) if world > 1 else encoder
+    model = DistributedDataParallel(encoder) if world > 1 else encoder
     model.train()
     momentum_encoder.train()
     sums, since, began = 0, 0, time.monotonic()

@@ -2,24 +2,34 @@
 
 python tests/benchmark.py losses        # both losses against a dense implementation
 python tests/benchmark.py losses --device cuda
+python tests/benchmark.py input         # pictures a second of one data loading process
 """
 
 import argparse
 import platform
+import random
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import ImageFiles, read_index, recipe_of
 from losses import dscl_loss, pbsd_loss
+from train import load_batches
 
 BATCH, QUEUE, DIM, PATCHES, CLASSES = 256, 65536, 128, 5, 1000
+BATCH_INPUT = 32  # 256 on eight GPUs
 
 
 def dense_losses(query, key, labels, queue, queue_labels, roi, patch, alpha=0.1, temperature=0.07):
@@ -140,6 +150,131 @@ def losses(args):
         print(f"gradient at {name}: largest difference {difference:.0e} of the largest entry")
 
 
+# --------------------------------------------------------------------------------------- input
+
+
+def photograph(generator, width, height):
+    """A made picture with the 1/f spectrum of natural ones: uint8 [height, width, 3]."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf
+
+    def field():
+        phase = generator.normal(size=frequency.shape)
+        phase = phase + 1j * generator.normal(size=frequency.shape)
+        values = np.fft.irfft2(phase / frequency**1.4, s=(height, width))
+        return values / values.std()
+
+    light = field()
+    pixels = 120 + 50 * np.stack([light + 0.3 * field() for _ in range(3)], axis=-1)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+class Published:
+    """The published pipeline's equivalent: seven PIL crops, each augmented and made a tensor."""
+
+    def __init__(self, files, recipe):
+        def augment(jitter, jitter_p, grey_p, blur_p):
+            return transforms.Compose(
+                [
+                    transforms.RandomHorizontalFlip(),
+                    transforms.RandomApply([transforms.ColorJitter(*jitter)], jitter_p),
+                    transforms.RandomGrayscale(grey_p),
+                    transforms.RandomApply([self.blur], blur_p),
+                    transforms.ToTensor(),
+                    transforms.Normalize(recipe["mean"], recipe["std"]),
+                ]
+            )
+
+        self.files = files
+        self.cut = transforms.RandomResizedCrop(recipe["view_size"], recipe["crop_scale"])
+        self.patch = transforms.RandomResizedCrop(recipe["patch_size"], recipe["patch_scale"])
+        self.patches = recipe["stage1"]["patches"]
+        colors = recipe["query_jitter"], recipe["query_jitter_p"], recipe["grey_p"]
+        self.query_colors = augment(*colors, recipe["blur_p"])
+        self.key_colors = augment(recipe["key_jitter"], 1.0, 0.0, 0.0)
+
+    @staticmethod
+    def blur(image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        with Image.open(self.files.path(index)) as file:
+            image = file.convert("RGB")
+        query, key = self.cut(image), self.cut(image)
+        patches = torch.stack([self.query_colors(self.patch(query)) for _ in range(self.patches)])
+        return self.query_colors(query), self.key_colors(key), patches, self.files.labels[index]
+
+
+class Decoding(Published):
+    """Decoding alone."""
+
+    def __getitem__(self, index):
+        with Image.open(self.files.path(index)) as file:
+            file.convert("RGB")
+        return 0
+
+
+def input_pipeline(args):
+    recipe = recipe_of("imagenet_lt")
+    recipe |= {name: recipe["stage1"][name] for name in ("view_size", "patch_size")}
+    with tempfile.TemporaryDirectory() as directory:
+        directory, generator = Path(directory), np.random.default_rng(0)
+        for number in range(64):
+            picture = Image.fromarray(photograph(generator, args.width, args.height))
+            picture.save(directory / f"{number}.jpg", quality=90)
+        size = statistics.mean(path.stat().st_size for path in directory.iterdir())
+        paths = [b"%d.jpg" % (number % 64) for number in range(args.batches * BATCH_INPUT)]
+        files = ImageFiles(directory, paths, [0] * len(paths), directory)
+        rows = np.arange(len(files)).reshape(-1, BATCH_INPUT).tolist()
+        batches = [(indices, indices) for indices in rows]  # the index as the seed
+        sides = {
+            "decoding alone": DataLoader(Decoding(files, recipe), BATCH_INPUT, num_workers=1),
+            "published": DataLoader(Published(files, recipe), BATCH_INPUT, num_workers=1),
+            "ours": load_batches(files, batches, recipe, 2, 1, torch.device("cpu")),
+        }
+        rates, wire = {side: [] for side in sides}, {}
+        for _ in range(args.rounds):  # in turn, so that a machine that drifts is fair to all
+            for side, loader in sides.items():
+                iterator = iter(loader)
+                batch = next(iterator)  # from here on the worker is at work all the time
+                began = time.perf_counter()
+                count = sum(BATCH_INPUT for _ in iterator)
+                rates[side].append(count / (time.perf_counter() - began))
+                tensors = [part for part in batch if torch.is_tensor(part)]
+                wire[side] = sum(part.nbytes for part in tensors) / BATCH_INPUT / 1000
+        index = directory / "iNaturalist18_train.txt"
+        names = (f"train_val2018/Plantae/{n % 8142}/{n:032x}.jpg {n % 8142}" for n in range(437513))
+        index.write_text("\n".join(names))
+        began = time.perf_counter()
+        lines = read_index("iNaturalist18", "train", directory, directory)
+        seconds = time.perf_counter() - began
+
+    print(
+        f"one data loading process, JPEGs of {args.width} x {args.height} pixels, quality 90, "
+        f"{size / 1000:.0f} KB, batches of {BATCH_INPUT}"
+    )
+    print(f"{machine('cpu')}; {args.rounds} rounds in turn, median (min to max)\n")
+    print(f"{'':<16}{'pictures a second':>22}{'of decoding':>14}{'KB to the device':>19}")
+    medians = {side: statistics.median(values) for side, values in rates.items()}
+    for side, values in rates.items():
+        rate = f"{medians[side]:.0f} ({min(values):.0f} to {max(values):.0f})"
+        share = f"{100 * medians[side] / medians['decoding alone']:.0f} %"
+        print(f"{side:<16}{rate:>22}{share:>14}{wire[side]:>19.0f}")
+    ratios = sorted(ours / other for ours, other in zip(rates["ours"], rates["published"]))
+    print(
+        f"\nours is {statistics.median(ratios):.1f} times as fast as the published pipeline (by "
+        f"round {ratios[0]:.1f} to {ratios[-1]:.1f}), with 1/{wire['published'] / wire['ours']:.1f}"
+        " of its bytes"
+    )
+    print(
+        f"an index of {len(lines):,} lines: {seconds:.2f} s to read, "
+        f"{(lines.paths.nbytes + lines.labels.nbytes) / 1e6:.0f} MB, shared by the workers"
+    )
+
+
 def machine(device):
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -161,11 +296,20 @@ def main():
     table.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     peak = commands.add_parser("peak", help="peak memory of one side, in MB; what `losses` calls")
     peak.add_argument("side", choices=SIDES)
+    reading = commands.add_parser(
+        "input", help="pictures a second of one data loading process against the published pipeline"
+    )
+    reading.add_argument("--width", type=int, default=500, help="of the pictures (default: 500)")
+    reading.add_argument("--height", type=int, default=334, help="of the pictures (default: 334)")
+    reading.add_argument("--batches", type=int, default=12, help="a round (default: 12)")
+    reading.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     for command in (table, peak):
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     if args.command == "peak":
         print(peak_megabytes(args.side, args.device))
+    elif args.command == "input":
+        input_pipeline(args)
     else:
         losses(args)
 

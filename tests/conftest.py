@@ -1,4 +1,30 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+TREE_COUNTS = {"train": [24, 12, 6, 3], "val": [2] * 4, "test": [3] * 4}
+
+
+@pytest.fixture(scope="session")
+def imagenet_tree(tmp_path_factory):
+    """JPEGs of 64 x 48 pixels laid out like ImageNet-LT, a colour a class, and its index files."""
+    root = tmp_path_factory.mktemp("imagenet")
+    random = np.random.default_rng(0)
+    for split, counts in TREE_COUNTS.items():
+        lines = []
+        for label, count in enumerate(counts):
+            # As published: val pictures are of ImageNet's train/, test pictures of its val/.
+            folder = root / ("val" if split == "test" else "train") / f"n0000000{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                pixels = random.integers(0, 90, (6, 8, 3)) + np.eye(4, 3)[label] * 150
+                path = folder / f"{split}_{number}.JPEG"
+                Image.fromarray(pixels.astype(np.uint8)).resize((64, 48)).save(path, quality=90)
+                lines.append(f"{path.relative_to(root)} {label}\n")
+        (root / f"ImageNet_LT_{split}.txt").write_text("".join(lines))
+    return root

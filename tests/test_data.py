@@ -1,6 +1,12 @@
-"""The shipped data set, long-tailed subsets, samplers, views and patches."""
+"""Data sets as their files are, long-tailed subsets, samplers, views and patches."""
 
 import gzip
+import hashlib
+import json
+import pickle
+import shutil
+import subprocess
+import sys
 import zipfile
 
 import build_fashion_mnist_lt
@@ -8,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from benchmark import photograph
+from conftest import TREE_COUNTS
+from PIL import Image
+from torchvision import transforms
 
 import data
 from data import (
@@ -22,6 +32,7 @@ from data import (
     long_tailed_indices,
     random_blur,
     random_boxes,
+    recipe_of,
     shot_groups,
     training_views,
 )
@@ -121,6 +132,357 @@ def test_the_build_script_gives_the_same_bytes_every_time(tmp_path):
         assert np.bincount(arrays["train_labels"]).tolist() == COUNTS
         assert np.bincount(arrays["val_labels"]).tolist() == [100] * 10
         assert len(arrays["test_images"]) == 100
+
+
+# ------------------------------------------------------------- index files, CIFAR, folders, files
+
+
+def labels_of(sets):
+    return {split: pictures.labels.bincount().tolist() for split, pictures in sets.items()}
+
+
+def test_an_index_gives_its_paths_and_labels_as_arrays(imagenet_tree):
+    sets = load_dataset("imagenet_lt", imagenet_tree)
+    assert labels_of(sets) == TREE_COUNTS
+    train = sets["train"]
+    assert train.path(24) == imagenet_tree / "train" / "n00000001" / "train_0.JPEG"
+    assert train.labels[24] == 1
+    # No Python object a line: what every worker would copy by counting references.
+    assert train.paths.dtype.kind == "S" and train.labels.dtype == torch.int64
+
+
+def test_index_files_may_lie_elsewhere_and_have_blanks_in_their_paths(tmp_path, imagenet_tree):
+    shutil.copytree(imagenet_tree / "train", tmp_path / "my train")
+    for split in ("train", "val", "test"):
+        lines = (imagenet_tree / f"ImageNet_LT_{split}.txt").read_text()
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text(lines.replace("train/", "my train/"))
+    shutil.copytree(imagenet_tree / "val", tmp_path / "val")
+    assert labels_of(load_dataset("imagenet_lt", tmp_path, tmp_path)) == TREE_COUNTS
+    with pytest.raises(BadInput, match="not found, the first picture of .*ImageNet_LT_train.txt"):
+        load_dataset("imagenet_lt", imagenet_tree, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "split, line, says",
+    [
+        ("train", "train/a.jpg", r"ImageNet_LT_train.txt:46: 'train/a.jpg' is not"),
+        ("train", "train/a.jpg one", r"ImageNet_LT_train.txt:46: 'train/a.jpg one' is not"),
+        ("val", "", r"ImageNet_LT_val.txt:9: '' is not"),
+        ("train", "train/a.jpg -1", r"ImageNet_LT_train.txt:46: label -1 in a file of 46"),
+        ("train", "train/a.jpg 99999999999", r"ImageNet_LT_train.txt:46: label 99999999999 in"),
+        ("train", "train/a.jpg 6", r"ImageNet_LT_train.txt: no picture of class 4 nor of 1 other"),
+        ("test", "val/a.jpg 4", r"ImageNet_LT_test.txt: label 4 is none of the training set's"),
+        ("test", "../a.jpg 0", r"ImageNet_LT_test.txt:13: ../a.jpg leaves --data-root"),
+        ("test", "val/../../a.jpg 0", r"ImageNet_LT_test.txt:13: val/../../a.jpg leaves"),
+        ("test", "/etc/a.jpg 0", r"ImageNet_LT_test.txt:13: /etc/a.jpg leaves --data-root"),
+    ],
+)
+def test_a_wrong_line_of_an_index_is_named(split, line, says, tmp_path, imagenet_tree):
+    for name in TREE_COUNTS:
+        shutil.copy(imagenet_tree / f"ImageNet_LT_{name}.txt", tmp_path)
+    with open(tmp_path / f"ImageNet_LT_{split}.txt", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(BadInput, match=says):
+        load_dataset("imagenet_lt", imagenet_tree, tmp_path)
+
+
+def test_a_missing_or_empty_index_and_an_empty_class_are_named(tmp_path, imagenet_tree):
+    with pytest.raises(BadInput, match=f"{tmp_path}/ImageNet_LT_train.txt not found.*github"):
+        load_dataset("imagenet_lt", imagenet_tree, tmp_path)
+    for split in ("val", "test"):
+        for name in TREE_COUNTS:
+            shutil.copy(imagenet_tree / f"ImageNet_LT_{name}.txt", tmp_path)
+        index = tmp_path / f"ImageNet_LT_{split}.txt"
+        index.write_text("".join(line for line in open(index) if not line.endswith(" 2\n")))
+        with pytest.raises(BadInput, match=f"ImageNet_LT_{split}.txt: no picture of class 2; "):
+            load_dataset("imagenet_lt", imagenet_tree, tmp_path)
+        index.write_text("")
+        with pytest.raises(BadInput, match=f"ImageNet_LT_{split}.txt is empty"):
+            load_dataset("imagenet_lt", imagenet_tree, tmp_path)
+    with pytest.raises(BadInput, match="needs --data-root"):
+        load_dataset("imagenet_lt")
+    with pytest.raises(BadInput, match="--imbalance is for CIFAR"):
+        load_dataset("imagenet_lt", imagenet_tree, imbalance=10)
+
+
+def test_inaturalists_own_annotations_give_what_the_index_gives(tmp_path):
+    for split, counts in (("train", [3, 1]), ("val", [1, 1])):
+        labels = np.repeat([0, 1], counts).tolist()
+        names = [f"train_val2018/Aves/{c}/{split}{i}.jpg" for i, c in enumerate(labels)]
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name)
+        lines = [f"{name} {label}\n" for name, label in zip(names, labels)]
+        (tmp_path / f"iNaturalist18_{split}.txt").write_text("".join(lines))
+        annotations = dict(
+            images=[dict(id=100 + i, file_name=name) for i, name in enumerate(names)],
+            annotations=[dict(id=7, image_id=100 + i, category_id=c) for i, c in enumerate(labels)][
+                ::-1
+            ],
+        )
+        (tmp_path / f"{split}2018.json").write_text(json.dumps(annotations))
+    from_index = load_dataset("inaturalist18", tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / f"iNaturalist18_{split}.txt").unlink()
+    official = load_dataset("inaturalist18", tmp_path)
+    assert from_index.keys() == official.keys() == {"train", "val"}
+    for split, pictures in official.items():
+        assert pictures.paths.tolist() == from_index[split].paths.tolist()
+        assert pictures.labels.tolist() == from_index[split].labels.tolist()
+        assert pictures.origin.name == f"{split}2018.json"
+    for broken in ("{", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}'):
+        (tmp_path / "val2018.json").write_text(broken)
+        with pytest.raises(BadInput, match="val2018.json is not iNaturalist's annotation file"):
+            load_dataset("inaturalist18", tmp_path)
+
+
+@pytest.fixture
+def cifar_files(tmp_path, monkeypatch):
+    """Made CIFAR-10 files, 200 training and 3 test pictures a class, with MD5 sums that hold."""
+    random, entries = np.random.default_rng(0), {}
+    folder = tmp_path / data.CIFAR10.base_folder
+    folder.mkdir()
+    names = [name for name, _ in data.CIFAR10.train_list + data.CIFAR10.test_list] + [
+        "batches.meta"
+    ]
+    for name in names:
+        labels = random.permutation(np.repeat(np.arange(10), 3 if name == "test_batch" else 40))
+        pixels = random.integers(0, 256, (len(labels), 3072), dtype=np.uint8)
+        content = {"data": pixels, "labels": labels.tolist()}
+        if name == "batches.meta":
+            content = {"label_names": [f"class {c}" for c in range(10)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+        entries[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(data.CIFAR10, "train_list", [(n, entries[n]) for n in names[:5]])
+    monkeypatch.setattr(data.CIFAR10, "test_list", [("test_batch", entries["test_batch"])])
+    meta = data.CIFAR10.meta | dict(md5=entries["batches.meta"])
+    monkeypatch.setattr(data.CIFAR10, "meta", meta)
+    return tmp_path
+
+
+@pytest.mark.parametrize("imbalance", [10, 50, 100])
+def test_cifar_lt_is_the_fields_subset(imbalance, cifar_files):
+    sets = load_dataset("cifar10_lt", cifar_files, imbalance=imbalance)
+    assert sets.keys() == {"train", "test"}  # the field has no val split
+    # As the field's code has it: one global generator, class by class, the first of each shuffle.
+    whole = data.CIFAR10(cifar_files, train=True)
+    np.random.seed(0)
+    expected, targets = [], np.array(whole.targets)
+    for label in range(10):
+        indices = np.where(targets == label)[0]
+        np.random.shuffle(indices)
+        expected.extend(indices[: int(200 * (1 / imbalance) ** (label / 9.0))])
+    assert sets["train"].labels.tolist() == targets[expected].tolist()
+    images = sets["train"].images.permute(0, 2, 3, 1).numpy()
+    assert (images == whole.data[expected]).all()
+    assert labels_of(sets)["test"] == [3] * 10 and labels_of(sets)["train"][0] == 200
+    assert len(sets["train"]) == sum(long_tailed_counts(200, 10, 1 / imbalance))
+
+
+def test_missing_cifar_files_are_named_with_the_command_that_fetches_them(tmp_path):
+    with pytest.raises(BadInput, match="cifar-100-python: python data.py .*--download"):
+        load_dataset("cifar100_lt", tmp_path)
+
+
+def write_folders(root, splits):
+    random = np.random.default_rng(0)
+    for split, counts in splits.items():
+        for name, count in counts.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+
+
+def test_folders_of_your_own_are_taken_as_they_are(tmp_path):
+    splits = dict(train=dict(cat=30, ant=5), val=dict(ant=2, cat=3), test=dict(cat=1, ant=1))
+    write_folders(tmp_path, splits)
+    sets = load_dataset("imagefolder", tmp_path)
+    assert sets["train"].names == ["ant", "cat"]
+    assert labels_of(sets) == dict(train=[5, 30], val=[2, 3], test=[1, 1])
+    assert sets["val"].path(0).parent == tmp_path / "val" / "ant"
+    (tmp_path / "test" / "dog").mkdir()
+    with pytest.raises(BadInput, match="test/dog: .*train has no such class"):
+        load_dataset("imagefolder", tmp_path)
+    (tmp_path / "test" / "dog").rename(tmp_path / "train" / "bee")
+    with pytest.raises(BadInput, match=r"train: no picture of class 1 \(bee\); every class"):
+        load_dataset("imagefolder", tmp_path)
+
+
+def test_what_folders_lack_is_held_out_of_train_class_by_class(tmp_path):
+    write_folders(tmp_path, dict(train=dict(ant=60, bee=20, cat=3)))
+    sets = load_dataset("imagefolder", tmp_path)
+    assert labels_of(sets) == dict(train=[42, 14, 1], val=[6, 2, 1], test=[12, 4, 1])
+    paths = [set(pictures.paths.tolist()) for pictures in sets.values()]
+    assert len(set.union(*paths)) == 83  # nothing twice, nothing lost
+    assert "1 to 12 pictures a class held out" in sets["test"].origin
+    again = load_dataset("imagefolder", tmp_path)
+    for split, pictures in sets.items():
+        assert pictures.paths.tolist() == again[split].paths.tolist()
+    write_folders(tmp_path, dict(val=dict(ant=1, bee=1, cat=1)))
+    assert labels_of(load_dataset("imagefolder", tmp_path))["train"] == [48, 16, 2]
+    (tmp_path / "train" / "cat" / "0.png").unlink()
+    (tmp_path / "train" / "cat" / "1.png").unlink()
+    with pytest.raises(BadInput, match="train/cat has 1 pictures, too few to hold out .* test"):
+        load_dataset("imagefolder", tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(BadInput, match="train not found: pictures belong in"):
+        load_dataset("imagefolder", tmp_path)
+
+
+def test_the_recipe_of_folders_follows_from_their_size():
+    assert recipe_of("imagefolder", 115_846)["stage1"] == recipe_of("imagenet_lt")["stage1"]
+    small, large = recipe_of("imagefolder", 3_000), recipe_of("imagefolder", 10**6)
+    assert small["stage1"]["queue_size"] == 1024 and large["stage1"]["queue_size"] == 65536
+    assert small["stage1"]["epochs"] > 200 > large["stage1"]["epochs"]
+
+
+def read(path):
+    with data.open_picture(path) as image:
+        return data.decode(image)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1", "I;16"])
+def test_pictures_of_every_kind_become_rgb(mode, tmp_path):
+    pixels = np.kron(np.arange(0, 240, 15).reshape(4, 4), np.ones((8, 8))).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    if mode == "I;16":
+        picture = Image.fromarray(pixels.astype(np.uint16) * 257)
+    else:
+        picture = picture.convert("RGB").convert(mode)
+    path = tmp_path / ("a.jpg" if mode in ("L", "CMYK") else "a.png")
+    picture.save(path)
+    image = read(path)
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+    tolerance = {"1": 255, "I;16": 255, "P": 51, "L": 8, "CMYK": 12}  # dither, clip, palette, JPEG
+    assert (image.int() - torch.tensor(pixels)).abs().max() <= tolerance.get(mode, 0)
+    assert image.max() > 150 and image.min() < 60
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, imagenet_tree):
+    whole = next((imagenet_tree / "train" / "n00000000").iterdir()).read_bytes()
+    for name, content in (("cut", whole[: len(whole) // 2]), ("none", b""), ("text", b"Sorry.")):
+        path = tmp_path / f"{name}.jpg"
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=f"{name}.jpg cannot be read as a picture .*mend it"):
+            read(path)
+    with pytest.raises(BadInput, match="gone.jpg cannot be read as a picture .No such file"):
+        read(tmp_path / "gone.jpg")
+
+
+def test_files_are_cut_as_torchvision_cuts_them(imagenet_tree):
+    train = load_dataset("imagenet_lt", imagenet_tree)["train"]
+    recipe = DATASETS["imagenet_lt"] | dict(view_size=32)
+    indices, seeds = [3, 30, 44], [7, 8, 9]
+    views = train.views(indices, seeds, recipe, 2)
+    assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8
+    cut = transforms.v2.RandomResizedCrop(32, scale=(0.08, 1.0), antialias=True)
+    for column, (index, seed) in enumerate(zip(indices, seeds)):
+        image = read(train.path(index))
+        torch.manual_seed(seed)
+        for view in range(2):
+            assert torch.equal(views[view, column], cut(image))
+    # The same crops in any batch, and others with other seeds.
+    assert torch.equal(train.views([30], [8], recipe, 2)[:, 0], views[:, 1])
+    assert not torch.equal(train.views([30], [9], recipe, 2)[:, 0], views[:, 1])
+    # Evaluation: 256 on the shorter side, the central 224, in proportion.
+    recipe = recipe | dict(view_size=224)
+    whole = train.views([3], [None], recipe, 0)
+    resized = transforms.v2.Resize(256, antialias=True)(read(train.path(3)))
+    assert torch.equal(whole[0, 0], transforms.v2.CenterCrop(224)(resized))
+
+
+@pytest.fixture(scope="module")
+def large_picture(tmp_path_factory):
+    """800 x 600 pixels: red grows from left to right, green downwards, blue is a photograph's."""
+    path = tmp_path_factory.mktemp("large") / "0.jpg"
+    pixels = photograph(np.random.default_rng(0), 800, 600)
+    pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, 800), np.linspace(0, 255, 600)[:, None]
+    Image.fromarray(pixels).save(path, quality=95, subsampling=0)
+    return path
+
+
+def test_a_reduced_decode_gives_the_same_view_but_for_resampling(large_picture):
+    def centre(reducible, interpolation):
+        with data.open_picture(large_picture) as image:
+            pixels = data.decode(image, reducible)
+        return pixels.shape[1:], TF.resize(pixels, [90], interpolation, antialias=True)[2].float()
+
+    bilinear, bicubic = TF.InterpolationMode.BILINEAR, TF.InterpolationMode.BICUBIC
+    (_, full), (size, reduced) = centre(1, bilinear), centre(600 / 90, bilinear)
+    assert size == (150, 200)  # a quarter; an eighth would be smaller than the view
+    noise = (full - centre(1, bicubic)[1]).abs().mean()
+    assert 0 < (full - reduced).abs().mean() < noise
+
+
+def test_a_reduced_decode_shows_the_same_region(large_picture, monkeypatch):
+    pictures = data.ImageFiles(large_picture.parent, [b"0.jpg"], [0], "made")
+    recipe = DATASETS["imagenet_lt"] | dict(view_size=48)
+    reduced = pictures.views([0] * 20, range(20), recipe, 2).float()
+    whole, sizes = data.decode, set()
+
+    def decode(image, reducible):
+        sizes.add(whole(image, reducible).shape[2])
+        with Image.open(image.filename) as again:
+            return whole(again)
+
+    monkeypatch.setattr(data, "decode", decode)
+    full = pictures.views([0] * 20, range(20), recipe, 2).float()
+    assert sizes == {400, 200, 100}
+    # Red and green tell the position: within half a pixel of an eighth of the picture.
+    corners = (reduced - full)[:, :, :2, ::47, ::47].abs()
+    assert corners.max() < 4 * 255 / 600 + 2
+    assert (reduced - full)[:, :, :2].mean().abs() < 0.2
+
+
+def test_a_data_set_is_checked_before_training(tmp_path, imagenet_tree, monkeypatch, capsys):
+    def check(*arguments):
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as error:
+            data.main()
+        return error.value.code, capsys.readouterr().out
+
+    options = ["--dataset", "imagenet_lt", "--workers", 0, "--data-root"]
+    root = tmp_path / "copy"
+    shutil.copytree(imagenet_tree, root)
+    (root / "train" / "n00000002" / "train_1.JPEG").unlink()
+    cut = root / "val" / "n00000001" / "test_0.JPEG"
+    cut.write_bytes(cut.read_bytes()[:300])
+    with open(root / "ImageNet_LT_val.txt", "a") as file:
+        file.write("train/n00000003/train_0.JPEG 3\n")  # as in train
+    code, out = check(*options, root)
+    assert code == 1
+    rows = [line.split() for line in out.splitlines()]
+    assert ["train", "45", "4", "24", "3", "0", "1", "3"] in rows
+    assert ["val", "9", "4", "3", "2"] in rows and ["test", "12", "4", "3", "3"] in rows
+    for problem in (
+        "ImageNet_LT_train.txt: 45 pictures, 115,846 published",
+        "1 pictures are in train and val: train/n00000003/train_0.JPEG",
+        "n00000002/train_1.JPEG is missing",
+        "problems: 5",
+    ):
+        assert problem in out
+    code, out = check(*options, root, "--decode")
+    assert code == 1 and "problems: 6" in out and "test_0.JPEG cannot be read" in out
+    (root / "ImageNet_LT_test.txt").unlink()
+    code, out = check(*options, root)
+    assert code == 1 and "ImageNet_LT_test.txt not found" in out
+    assert ["train", "45", "4", "24", "3", "0", "1", "3"] in [x.split() for x in out.splitlines()]
+
+
+def test_the_check_is_a_command(tmp_path):
+    for arguments, code, says in (
+        ([], 0, "problems: 0"),  # the shipped set
+        (
+            ["--dataset", "imagenet_lt"],
+            2,
+            "data.py: error: --dataset imagenet_lt needs --data-root",
+        ),
+    ):
+        command = [sys.executable, "data.py", *arguments]
+        done = subprocess.run(command, cwd=data.HERE, capture_output=True, text=True, timeout=200)
+        assert done.returncode == code and says in done.stdout + done.stderr
+        assert (done.stderr.count("\n") == 1) == (code == 2)
 
 
 # ------------------------------------------------------------------------------------- samplers
@@ -275,6 +637,42 @@ def test_probabilities_of_colour_changes():
     assert unchanged.flatten(1).all(1).float().mean().item() == pytest.approx(0.2, abs=0.02)
     grey = color_matrices(means, (0, 0, 0, 0), grey_p=0.2)
     assert (grey[:, 0] == grey[:, 1]).all(1).float().mean().item() == pytest.approx(0.2, abs=0.02)
+
+
+def red_flower(size=48):
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    petals = (np.hypot(x, y) < 0.3 + 0.1 * np.cos(6 * np.arctan2(y, x)))[..., None]
+    red = np.stack([0.85 - 0.4 * np.hypot(x, y), 0.08 + 0 * x, 0.13 + 0 * x], -1)
+    leaves = np.stack([0.15 + 0.1 * x, 0.35 + 0.2 * y, 0.1 + 0 * x], -1)
+    return np.where(petals, red, leaves)
+
+
+@pytest.mark.parametrize(
+    "picture, tolerance",
+    [(photograph(np.random.default_rng(0), 48, 48) / 255, 0.01), (red_flower(), 0.03)],
+    ids=["photograph", "saturated red"],
+)
+def test_colours_are_distributed_as_torchvisions(picture, tolerance):
+    torch.manual_seed(0)
+    recipe = DATASETS["imagenet_lt"]
+    jitter, jitter_p, grey_p = (recipe[n] for n in ("query_jitter", "query_jitter_p", "grey_p"))
+    image = torch.tensor(picture).permute(2, 0, 1).float()
+    images = image.expand(1000, -1, -1, -1)
+    matrices = color_matrices(images.mean((2, 3)), jitter, jitter_p, grey_p)
+    ours = change_colors(images, matrices)
+    change = transforms.Compose(
+        [
+            transforms.RandomApply([transforms.ColorJitter(*jitter)], jitter_p),
+            transforms.RandomGrayscale(grey_p),
+        ]
+    )
+    theirs = torch.stack([change(image) for image in images])
+    for moment in (
+        lambda draws: draws.mean((0, 2, 3)),
+        lambda draws: draws.std((0, 2, 3)),
+        lambda draws: draws.mean((2, 3)).std(0),
+    ):
+        torch.testing.assert_close(moment(ours), moment(theirs), atol=tolerance, rtol=0)
 
 
 def test_blur_is_torchvisions_gaussian_and_leaves_the_rest():

@@ -22,7 +22,7 @@ def test_metrics_are_class_means_by_group_and_none_where_a_group_is_empty():
 
 
 class Ranks(torch.nn.Module):
-    """Logits of class c: c, but for the class that the picture's first pixel names, which is 2.5."""
+    """Class c has logit c, but for the class that a picture's first pixel names: that has 2.5."""
 
     def forward(self, images):
         logits = torch.arange(8.0).repeat(len(images), 1)

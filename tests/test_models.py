@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import ARCHS, Encoder, MomentumEncoder, Queue, build_backbone
+from models import ARCHS, Encoder, MomentumEncoder, Queue, build_backbone, load_pretrained
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,24 @@ def test_backbones_end_in_their_last_feature_map_and_start_with_silent_blocks(
         m for name, m in backbone.named_modules() if name.endswith("bn2" if given <= 512 else "bn3")
     ]
     assert last and all(norm.weight.eq(0).all() for norm in last) == (arch != "resnet_small")
+
+
+def test_pretrained_weights_are_torchvisions_or_refused(tmp_path):
+    import torchvision
+
+    whole = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(whole, tmp_path / "resnet18.pth")
+    backbone, _ = build_backbone("resnet18")
+    load_pretrained(backbone, "resnet18", tmp_path / "resnet18.pth")
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, whole[name])
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"layer1.0.conv1.weight": whole["layer1.0.conv1.weight"]}, tmp_path / "part.pth")
+    for file in ("resnet50.pth", "text.pth", "part.pth"):
+        with pytest.raises(ValueError, match="neither a file of resnet18 weights.*IMAGENET1K_V1"):
+            load_pretrained(backbone, "resnet18", tmp_path / file)
+    with pytest.raises(ValueError, match="Missing key|size mismatch"):
+        load_pretrained(build_backbone("resnet50")[0], "resnet50", tmp_path / "resnet18.pth")
 
 
 def test_an_unknown_backbone_is_refused():

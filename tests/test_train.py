@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TREE_COUNTS
 
 import eval as stage2
 import train
-from data import DATASETS, HERE
+from data import DATASETS, HERE, Batches, load_dataset
 
 TINY = ["--epochs", "2", "--batch-size", "64", "--patches", "1", "--queue-size", "100"]
 
@@ -168,6 +170,104 @@ def test_two_processes_share_a_batch_and_queue_the_keys_of_both(small_root, tmp_
     assert saved["step"] == 9
 
 
+# What makes a resnet50 on the JPEGs of imagenet_tree affordable.
+FILES = ["--dataset", "imagenet_lt", "--workers", "1", "--view-size", "64", "--patch-size", "32"]
+FILES += ["--patches", "1", "--queue-size", "20", "--batch-size", "16"]
+
+
+def test_the_benchmark_trains_resumes_and_evaluates_in_two_processes(imagenet_tree, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = ["--data-root", imagenet_tree, "--output", tmp_path]
+    command = [*launch, "train.py", *FILES, *options, "--epochs", 2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=HERE, env=environment, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "checkpoint.pth").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.05)
+    process.terminate()  # torchrun ends its processes
+    process.communicate()
+    saved = checkpoint(tmp_path)
+    assert saved["step"] == 2 and saved["args"]["arch"] == "resnet50"  # 45 pictures, batches of 16
+    assert saved["queue"]["_extra_state"] == 32 and len(saved["queue"]["key_slots"]) == 20
+    done = python(*command, env=environment)
+    assert done.returncode == 0 and "going on from epoch 1" in done.stderr, done.stderr
+    header, steps = records(tmp_path)
+    assert [record["step"] for record in steps] == [2, 4]
+    assert header["splits"]["val"] == f"8 pictures of {imagenet_tree / 'ImageNet_LT_val.txt'}"
+    stage2 = ["eval.py", "--output", tmp_path, "--epochs", 1, "--batch-size", 16, "--workers", 1]
+    done = python(*launch, *stage2, env=environment)  # the data root is the checkpoint's
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["counts"] == TREE_COUNTS["train"] and results["many"] is None
+    assert (results["reported_on"], results["chosen_on"]) == ("test", "val")
+    rights = np.array(results["per_class"]) * 3 / 100  # of three test pictures a class
+    assert np.allclose(rights, rights.round()) and results["top5"] == 100  # none counted twice
+
+
+def test_a_picture_that_cannot_be_read_ends_training_with_its_name(imagenet_tree, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(imagenet_tree, root)
+    (root / "train" / "n00000001" / "train_7.JPEG").write_bytes(b"no picture")
+    options = ["--arch", "resnet18", "--output", tmp_path / "run", "--data-root", root]
+    done = python("train.py", *FILES, *options, "--epochs", 2)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"train.py: error: {root}/train/n00000001/train_7.JPEG cannot be read")
+
+
+def test_what_is_trained_on_does_not_depend_on_workers_and_processes(imagenet_tree):
+    train_set = load_dataset("imagenet_lt", imagenet_tree)["train"]
+    recipe = DATASETS["imagenet_lt"] | dict(view_size=32)
+
+    def batches(workers, rank=0, world=1):
+        sampler = Batches(train_set.labels, 16, 2, seed=0, rank=rank, world=world)
+        return train.load_batches(train_set, sampler, recipe, 2, workers, torch.device("cpu"))
+
+    shares = zip(batches(0, 0, 2), batches(0, 1, 2))
+    for (images, labels), (more, more_labels), share in zip(batches(0), batches(2), shares):
+        assert torch.equal(images, more) and torch.equal(labels, more_labels)
+        assert torch.equal(images, torch.cat([images for images, _ in share], dim=1))
+        assert images.dtype == torch.uint8 and images.shape == (2, 16, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "dataset, splits, reported, chosen",
+    [
+        ("inaturalist18", ("train", "val"), "val", None),
+        ("imagefolder", ("train", "test"), "test", "val"),
+    ],
+)
+def test_results_say_which_split_they_are_of(
+    dataset, splits, reported, chosen, imagenet_tree, tmp_path, monkeypatch, capsys
+):
+    for split in splits:
+        lines = (imagenet_tree / f"ImageNet_LT_{split}.txt").read_text().splitlines()
+        (tmp_path / f"iNaturalist18_{split}.txt").write_text("\n".join(lines))
+        for number, (path, label) in enumerate(line.split() for line in lines):
+            folder = tmp_path / split / f"class {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(imagenet_tree / path, folder / f"{number}.jpg")
+    root = imagenet_tree if dataset == "inaturalist18" else tmp_path
+    output = ["--output", tmp_path / "run", "--epochs", 1, "--workers", 0]
+    options = ["--dataset", dataset, "--data-root", root, "--index-dir", tmp_path, *FILES[4:]]
+    for stage, arguments in (
+        (train, [*output, *options, "--arch", "resnet18", "--loss", "ce"]),
+        (stage2, output),
+    ):
+        monkeypatch.setattr(sys, "argv", [stage.__name__, *map(str, arguments)])
+        stage.main()
+        said = capsys.readouterr().err
+        assert stage is stage2 or ("held out" in said) == (dataset == "imagefolder")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["reported_on"], results["chosen_on"]) == (reported, chosen)
+    assert (results["val"] is None) == (chosen is None) and results["epoch"] == 1
+    names = None if dataset == "inaturalist18" else [f"class {label}" for label in range(4)]
+    assert results["classes"] == names
+    assert f"on {reported}, at epoch 1" in said
+
+
 @pytest.mark.parametrize("loss", ["scl", "ce"])
 def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path):
     options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1]
@@ -258,17 +358,25 @@ def test_ctrl_c_ends_in_one_line(capsys, monkeypatch):
 def test_a_flag_wins_over_the_recipe_and_the_rest_is_the_recipes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "0.025", "--alpha", "0"])
     args = train.parse_args()
-    train.with_recipe(args, "stage1")
+    train.with_recipe(args, "stage1", 2478)
     recipe = DATASETS["fashion_mnist_lt"]["stage1"]
     assert args.lr == 0.025 and args.alpha == 0
     rest = recipe.keys() - {"lr", "alpha"}
     assert {name: getattr(args, name) for name in rest} == {name: recipe[name] for name in rest}
 
 
+def test_the_learning_rate_is_in_proportion_to_the_batch_if_not_given(monkeypatch):
+    for flags, lr in ((["--batch-size", "1024"], 0.4), (["--batch-size", "64", "--lr", "1"], 1)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "imagenet_lt", *flags])
+        args = train.parse_args()
+        train.with_recipe(args, "stage1", 115_846)
+        assert args.lr == lr and args.queue_size == 65536
+
+
 def test_learning_rate_warms_up_to_its_peak_and_falls_to_zero(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "0.4", "--epochs", "20"])
     args = train.parse_args()
-    train.with_recipe(args, "stage1")
+    train.with_recipe(args, "stage1", 2478)
     args.warmup_epochs = 2
     rates = [train.learning_rate(step, args, 10) for step in range(200)]
     assert rates[0] == pytest.approx(0.02) and max(rates) == pytest.approx(0.4)
