@@ -43,7 +43,7 @@ SMALL = dict(
     blur_p=0.0,  # 28 pixels are blurred enough
     stage1=dict(
         arch="resnet_small",
-        pretrained=None,
+        pretrained="none",
         view_size=20,
         patch_size=8,
         epochs=120,
@@ -85,7 +85,7 @@ PHOTOGRAPHS = dict(
     blur_p=0.5,
     stage1=dict(
         arch="resnet50",
-        pretrained=None,
+        pretrained="none",
         view_size=224,
         patch_size=64,
         epochs=200,
@@ -376,8 +376,10 @@ def read_dataset(name, root=None, index_dir=None, imbalance=None, download=False
         raise BadInput(f"--dataset {name} needs --data-root, the directory of its pictures")
     if not Path(root).is_dir():
         raise BadInput(f"{root} is not a directory: --data-root must be that of {name}'s pictures")
-    if imbalance and recipe["source"] != "cifar":
-        raise BadInput(f"--imbalance is for CIFAR; {name} is long-tailed as it is")
+    if (imbalance or download) and recipe["source"] != "cifar":
+        raise BadInput(
+            f"{'--imbalance' if imbalance else '--download'} is for CIFAR, not for {name}"
+        )
     root, problems = Path(root), []
     if recipe["source"] == "npz":
         sets = read_npz(root / f"{name}.npz")

@@ -8,6 +8,7 @@ Queue            first-in-first-out memory of keys and labels
 import copy
 from collections import OrderedDict
 from contextlib import contextmanager
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +41,22 @@ def load_pretrained(backbone, arch, source):
     source is a file with a state dict, or torchvision's name of weights (such as IMAGENET1K_V1),
     which it downloads once. Their classifier `fc` is left out. ValueError if they do not fit.
     """
-    names = () if arch == "resnet_small" else torchvision.models.get_model_weights(arch).__members__
+    names = {}
+    if arch != "resnet_small":
+        names = torchvision.models.get_model_weights(arch).__members__
     try:
         if source in names:
-            state = torchvision.models.get_model_weights(arch)[source].get_state_dict()
+            state = names[source].get_state_dict()
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
         backbone.load_state_dict(state)
-    except Exception as error:  # a missing or foreign file, no network, other weights
+    except URLError as error:
+        raise ValueError(f"cannot fetch {names[source].url} ({error.reason})") from None
+    except Exception as error:  # a missing or foreign file, weights of another network
         reason = " ".join(str(error).split())[:160]
-        choice = f"neither a file of {arch} weights nor one of torchvision's names {[*names]}"
-        raise ValueError(f"{choice} ({reason})") from None
+        known = f", nor torchvision's {' or '.join(names)}" if names else ""
+        raise ValueError(f"no file of {arch} weights{known} ({reason})") from None
 
 
 def resnet_small(width=32):

@@ -2,7 +2,9 @@
 
     python train.py                                                # the default, on a laptop
     python train.py --loss scl --pbsd-weight 0                     # the plain SCL baseline
-    torchrun --nproc_per_node=2 train.py                           # two processes, CPU or GPU
+    torchrun --nproc_per_node=8 train.py --dataset imagenet_lt --data-root DIR       # 8 GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+        --rdzv-id=1 train.py --dataset imagenet_lt --data-root DIR     # on each of two hosts
 
 Writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl; the same command again goes on from there.
 """
@@ -377,11 +379,13 @@ def main():
     classes = None if contrastive else int(train_set.labels.max()) + 1
     encoder = Encoder(args.arch, classes=classes)
     path, step = args.output / "checkpoint.pth", 0
-    if args.pretrained not in (None, "none") and not path.exists():
+    if args.pretrained != "none" and not path.exists():
         try:
             load_pretrained(encoder.backbone, args.arch, args.pretrained)
         except ValueError as error:
-            raise BadInput(f"--pretrained {args.pretrained}: {error}") from None
+            raise BadInput(
+                f"--pretrained {args.pretrained}: {error}; give a file, or none"
+            ) from None
     encoder = encoder.to(device, memory_format=torch.channels_last)
     momentum_encoder = MomentumEncoder(encoder, args.momentum_encoder)
     queue = Queue(args.queue_size if contrastive else 0, encoder.dim).to(device)

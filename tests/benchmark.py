@@ -3,6 +3,7 @@
 python tests/benchmark.py losses        # both losses against a dense implementation
 python tests/benchmark.py losses --device cuda
 python tests/benchmark.py input         # pictures a second of one data loading process
+python tests/benchmark.py cost          # FLOPs and memory of a picture, by data set
 """
 
 import argparse
@@ -21,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import ImageFiles, read_index, recipe_of
 from losses import dscl_loss, pbsd_loss
+from models import Encoder
 from train import load_batches
 
 BATCH, QUEUE, DIM, PATCHES, CLASSES = 256, 65536, 128, 5, 1000
@@ -275,6 +278,52 @@ def input_pipeline(args):
     )
 
 
+# ---------------------------------------------------------------------------------------- cost
+
+
+def cost(args):
+    """What the networks of a picture cost, counted on a batch of two."""
+    print(
+        "counted by torch.utils.flop_counter; memory: what autograd keeps in float32, a picture\n"
+    )
+    print(f"{'':<16}{'GFLOP a picture':>32}{'MB':>8}{'batch MB on 1 GPU':>20}{'on 8':>8}", end="")
+    print(f"{'pictures seen':>16}{'EFLOP':>8}{'GPU hours':>11}")
+    print(f"{'':<16}{'query, patches':>16}{'key':>7}{'stage 2':>9}")
+    for name in ("imagenet_lt", "places_lt", "inaturalist18"):
+        recipe = recipe_of(name)
+        stage1, stage2 = recipe["stage1"], recipe["stage2"]
+        encoder = Encoder(stage1["arch"]).to(memory_format=torch.channels_last)
+        views = torch.randn(2, 3, stage1["view_size"], stage1["view_size"])
+        patches = torch.randn(stage1["patches"], 2, 3, stage1["patch_size"], stage1["patch_size"])
+        kept, ours = {}, {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        def count(function):
+            with FlopCounterMode(display=False) as counter:
+                function()
+            return counter.get_total_flops() / 2e9
+
+        def student():
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                embedding, _, patch = encoder(views, patches)
+            (embedding.sum() + patch.sum()).backward()
+
+        with torch.no_grad():
+            key, whole = count(lambda: encoder(views)), count(lambda: encoder.backbone(views))
+        query = count(student)
+        megabytes = sum(size for place, size in kept.items() if place not in ours) / 2e6
+        seen = recipe["published"]["train"]
+        total = seen * (stage1["epochs"] * (query + key) + stage2["epochs"] * whole) * 1e9
+        batch = stage1["batch_size"] * megabytes
+        print(f"{name:<16}{query:>16.1f}{key:>7.1f}{whole:>9.1f}{megabytes:>8.0f}", end="")
+        print(f"{batch:>20,.0f}{batch / 8:>8,.0f}{seen * stage1['epochs']:>16,}", end="")
+        print(f"{total / 1e18:>8.2f}{total / (args.teraflops * 3.6e15):>11.1f}")
+    print(f"\nGPU hours: an estimate, for a GPU that sustains {args.teraflops:g} TFLOP/s")
+
+
 def machine(device):
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -303,6 +352,10 @@ def main():
     reading.add_argument("--height", type=int, default=334, help="of the pictures (default: 334)")
     reading.add_argument("--batches", type=int, default=12, help="a round (default: 12)")
     reading.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    counting = commands.add_parser("cost", help="FLOPs and memory of a picture, by data set")
+    counting.add_argument(
+        "--teraflops", type=float, default=20, help="that a GPU sustains (default: 20)"
+    )
     for command in (table, peak):
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
@@ -310,6 +363,8 @@ def main():
         print(peak_megabytes(args.side, args.device))
     elif args.command == "input":
         input_pipeline(args)
+    elif args.command == "cost":
+        cost(args)
     else:
         losses(args)
 

@@ -46,7 +46,7 @@ def test_pretrained_weights_are_torchvisions_or_refused(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"layer1.0.conv1.weight": whole["layer1.0.conv1.weight"]}, tmp_path / "part.pth")
     for file in ("resnet50.pth", "text.pth", "part.pth"):
-        with pytest.raises(ValueError, match="neither a file of resnet18 weights.*IMAGENET1K_V1"):
+        with pytest.raises(ValueError, match="no file of resnet18 weights.*IMAGENET1K_V1"):
             load_pretrained(backbone, "resnet18", tmp_path / file)
     with pytest.raises(ValueError, match="Missing key|size mismatch"):
         load_pretrained(build_backbone("resnet50")[0], "resnet50", tmp_path / "resnet18.pth")
