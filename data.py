@@ -145,7 +145,8 @@ DATASETS = {
     "imagenet_lt": row(
         PHOTOGRAPHS,
         source="index",
-        index="ImageNet_LT",
+        index="ImageNet_LT_{}.txt",
+        published_at="github.com/zhmiao/OpenLongTailRecognition-OLTR",
         published=dict(train=115846, val=20000, test=50000),
     ),
     # Starts from ImageNet's weights, as the field does. Epochs, lr and K are ours, not tuned: a
@@ -153,7 +154,8 @@ DATASETS = {
     "places_lt": row(
         PHOTOGRAPHS,
         source="index",
-        index="Places_LT",
+        index="Places_LT_{}.txt",
+        published_at="github.com/zhmiao/OpenLongTailRecognition-OLTR",
         published=dict(train=62500, val=7300, test=36500),
         stage1=dict(
             arch="resnet152",
@@ -168,7 +170,9 @@ DATASETS = {
     "inaturalist18": row(
         PHOTOGRAPHS,
         source="index",
-        index="iNaturalist18",
+        index="iNaturalist18_{}.txt",
+        annotations="{}2018.json",  # the official ones serve as well
+        published_at="github.com/visipedia/inat_comp (train2018.json, val2018.json)",
         published=dict(train=437513, val=24426),  # there is no test split
         stage1=dict(epochs=100, warmup_epochs=5),
     ),
@@ -191,12 +195,6 @@ DATASETS = {
             (300_000, dict(stage1=dict(epochs=100, warmup_epochs=5))),
         ),
     ),
-}
-
-PUBLISHED_AT = {
-    "ImageNet_LT": "github.com/facebookresearch/classifier-balancing",
-    "Places_LT": "github.com/facebookresearch/classifier-balancing",
-    "iNaturalist18": "github.com/visipedia/inat_comp (train2018.json, val2018.json)",
 }
 
 
@@ -294,6 +292,7 @@ class ImageFiles:
         for row, index in enumerate(indices):
             with open_picture(self.path(index)) as image:
                 if crops:
+                    # torch.manual_seed would seed GPUs as well, which no worker may touch.
                     torch.default_generator.manual_seed(seeds[row])
                     views += random_crops(image, recipe["crop_scale"], recipe["view_size"], crops)
                 else:
@@ -391,7 +390,7 @@ def read_dataset(name, root=None, index_dir=None, imbalance=None, download=False
         sets = {}
         for split in recipe["published"]:
             try:
-                sets[split] = read_index(recipe["index"], split, root, Path(index_dir or root))
+                sets[split] = read_index(recipe, split, root, Path(index_dir or root))
             except BadInput as error:
                 problems.append(str(error))
     return sets, problems + wrong_labels(sets)
@@ -410,10 +409,10 @@ def wrong_labels(sets):
             )
         empty = (counts[:classes] == 0).nonzero()[:, 0].tolist()
         if empty:
-            others = f" nor of {len(empty) - 1} other classes" if len(empty) > 1 else ""
             name = f" ({pictures.names[empty[0]]})" if pictures.names else ""
+            more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
             problems.append(
-                f"{pictures.origin}: no picture of class {empty[0]}{name}{others}; "
+                f"{pictures.origin}: no picture of class {empty[0]}{name}{more}; "
                 "every class needs one in every split, and labels run from 0 without a gap"
             )
     return problems
@@ -468,18 +467,19 @@ def read_cifar(name, root, imbalance, download):
     }
 
 
-def read_index(index, split, root, directory):
-    """A split from its index file, lines "relative/path label", or iNaturalist's official JSON."""
-    path = directory / f"{index}_{split}.txt"
-    official = directory / f"{split}2018.json"
+def read_index(recipe, split, root, directory):
+    """A split from its index file, lines "relative/path label", or iNaturalist's annotations."""
+    path = directory / recipe["index"].format(split)
+    annotations = directory / recipe.get("annotations", "").format(split)
     if path.is_file():
         lines = path.read_bytes().splitlines()
-        entries = [line.rsplit(None, 1) for line in lines]
-    elif index == "iNaturalist18" and official.is_file():
-        path, entries = official, read_inaturalist(official)
+        entries = (line.rsplit(None, 1) for line in lines)
+    elif annotations.is_file():
+        path, lines = annotations, read_annotations(annotations)
+        entries = lines
     else:
         raise BadInput(
-            f"{path} not found; it is published at {PUBLISHED_AT[index]}, and --index-dir names "
+            f"{path} not found; it is published at {recipe['published_at']}, and --index-dir names "
             "the directory where it is"
         )
     paths, labels = [], []
@@ -490,12 +490,12 @@ def read_index(index, split, root, directory):
         except ValueError:
             line = b" ".join(entry).decode(errors="replace")
             raise BadInput(f'{path}:{number}: {line!r} is not "relative/path label"') from None
-        if not 0 <= label < len(entries):
+        if not 0 <= label < len(lines):
             raise BadInput(
-                f"{path}:{number}: label {label} in a file of {len(entries)} pictures; "
+                f"{path}:{number}: label {label} in a file of {len(lines)} pictures; "
                 "labels run from 0 without a gap"
             )
-        if name[:1] == b"/" or b".." in name.split(b"/"):
+        if name[:1] == b"/" or (b".." in name and b".." in name.split(b"/")):
             raise BadInput(f"{path}:{number}: {os.fsdecode(name)} leaves --data-root")
         paths.append(name)
         labels.append(label)
@@ -504,7 +504,7 @@ def read_index(index, split, root, directory):
     return ImageFiles(root, paths, labels, path)
 
 
-def read_inaturalist(path):
+def read_annotations(path):
     """[path, label] of every picture in iNaturalist's train2018.json or val2018.json."""
     try:
         content = json.loads(path.read_bytes())
@@ -513,7 +513,7 @@ def read_inaturalist(path):
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{path} is not iNaturalist's annotation file ({type(error).__name__}: {error}); "
-            f"get it again from {PUBLISHED_AT['iNaturalist18']}"
+            "get it again"
         ) from None
 
 
@@ -521,11 +521,7 @@ HELD_OUT = {"val": (10, 20), "test": (5, 50)}  # one picture in so many of a cla
 
 
 def read_folders(root):
-    """{train,val,test}/<class>/* below root; val or test is held out of train if it is not there.
-
-    The held-out pictures are drawn class by class with a seed of their own, so that no run ever
-    trains on what another one tests on.
-    """
+    """{train,val,test}/<class>/* below root; val and test are held out of train where missing."""
     train = root / "train"
     if not train.is_dir():
         raise BadInput(
@@ -553,23 +549,31 @@ def read_folders(root):
             raise BadInput(f"{directory} holds no pictures ({', '.join(IMG_EXTENSIONS)})")
         sets[split] = ImageFiles(root, paths, labels, directory, names)
 
-    whole = sets["train"]
     missing = [split for split in HELD_OUT if split not in sets]
-    counts = whole.labels.bincount(minlength=len(names))
-    if missing and counts.min() <= len(missing):
+    return hold_out(sets, missing) if missing else sets
+
+
+def hold_out(sets, missing):
+    """Take the `missing` splits out of train, class by class, at least one picture of each.
+
+    With a seed of its own, so that no run ever trains on what another one tests on.
+    """
+    train = sets["train"]
+    counts = train.labels.bincount(minlength=len(train.names))
+    if counts.min() <= len(missing):
         label = int(counts.argmin())
         raise BadInput(
-            f"{train}/{names[label]} has {counts[label]} pictures, too few to hold out some for "
-            f"{' and '.join(missing)}: give it more, or make {root / missing[0]}"
+            f"{train.origin}/{train.names[label]} has {counts[label]} pictures, too few to hold "
+            f"out some for {' and '.join(missing)}: give it more, or make {train.root / missing[0]}"
         )
-    rows_of, _ = long_tailed_indices(whole.labels, counts)
+    rows_of, _ = long_tailed_indices(train.labels, counts)
     for split in missing:
         fraction, most = HELD_OUT[split]
         sizes = (counts // fraction).clamp(1, most).tolist()
-        origin = f"{train}, {min(sizes)} to {max(sizes)} pictures a class held out"
-        sets[split] = whole.subset([rows[:size] for rows, size in zip(rows_of, sizes)], origin)
+        origin = f"{train.origin}, {min(sizes)} to {max(sizes)} pictures a class held out"
+        sets[split] = train.subset([rows[:size] for rows, size in zip(rows_of, sizes)], origin)
         rows_of = [rows[size:] for rows, size in zip(rows_of, sizes)]
-    sets["train"] = whole.subset(rows_of, whole.origin)
+    sets["train"] = train.subset(rows_of, train.origin)
     return {split: sets[split] for split in ("train", "val", "test")}
 
 

@@ -252,7 +252,7 @@ def input_pipeline(args):
         names = (f"train_val2018/Plantae/{n % 8142}/{n:032x}.jpg {n % 8142}" for n in range(437513))
         index.write_text("\n".join(names))
         began = time.perf_counter()
-        lines = read_index("iNaturalist18", "train", directory, directory)
+        lines = read_index(recipe_of("inaturalist18"), "train", directory, directory)
         seconds = time.perf_counter() - began
 
     print(
