@@ -616,6 +616,8 @@ def test_hue_keeps_luma_and_grey_and_turns_red_to_yellow():
         torch.testing.assert_close(
             luma, torch.tensor(data.LUMA) @ images[..., 0], atol=2e-3, rtol=0
         )
+        chroma = (torch.tensor(data.RGB_TO_YIQ)[1:] @ x for x in (changed, images[..., 0]))
+        torch.testing.assert_close(*(x.norm(dim=1) for x in chroma), atol=2e-3, rtol=0)
     torch.testing.assert_close(
         change_colors(grey, color_matrices(grey.mean((2, 3)), (0, 0, 0, 0.1))),
         grey,
