@@ -40,6 +40,7 @@ from train import (
     plain,
     same_settings,
     save,
+    save_text,
     start,
     with_recipe,
 )
@@ -169,6 +170,7 @@ def main():
         if getattr(args, name) is None:
             setattr(args, name, args.stage1[name])
     args.output = args.output or args.checkpoint.parent
+    args.processes = world
 
     sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     recipe = with_recipe(args, "stage2", len(sets["train"]))
@@ -267,8 +269,7 @@ def main():
         classes=sets["train"].names,
         arguments=plain(args),
     )
-    text = json.dumps(results, indent=1) + "\n"
-    save(args.output / "results.json", text.encode(), lambda content, file: file.write(content))
+    save_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")
     print(table(results, counts))
     print(
         f"on {reported}, at epoch {best['epoch']}, "

@@ -10,11 +10,13 @@ Writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl; the same command again goes o
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -181,21 +183,34 @@ def start(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device != "cpu" else "gloo")
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     return rank, world, torch.device(device)
 
 
 def save(path, content, write=torch.save):
     """Write a file beside `path`, then put it in its place: there is always a whole one.
 
-    write(content, file) fills the file, opened for bytes; by default as a checkpoint.
+    write(content, file) fills the file, opened for bytes; by default as a checkpoint. BadInput if
+    it cannot be written, a full disk for one; what stood there before stays.
     """
     beside = path.with_name(path.name + ".new")
-    with open(beside, "wb") as file:
-        write(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            write(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
+        beside.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise BadInput(
+            f"{path} cannot be written ({reason}); the one before it, if any, is whole: make room, "
+            "then the same command goes on from there"
+        ) from None
+
+
+def save_text(path, text):
+    save(path, text.encode(), lambda content, file: file.write(content))
 
 
 def load(path, stage, device):
@@ -214,16 +229,23 @@ def load(path, stage, device):
     return content
 
 
+HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "save_minutes", "processes"}
+
+
 def same_settings(path, before, now):
-    """A run goes on only with the settings it began with; BadInput lists those that differ."""
-    free = {"output", "data_root", "index_dir", "workers", "device"}
-    differ = [
-        f"{name} was {before.get(name)}, now {now.get(name)}"
+    """What differs between a run's settings before and now, if that changes no result.
+
+    BadInput lists the differences if one of them would.
+    """
+    differ = {
+        name: f"{name} was {before.get(name)}, now {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
-        if name not in free and before.get(name) != now.get(name)
-    ]
-    if differ:
-        raise BadInput(f"{path} is of another run ({'; '.join(differ)}); choose another --output")
+        if before.get(name) != now.get(name)
+    }
+    if differ.keys() - HARMLESS:
+        listed = "; ".join(text for name, text in differ.items() if name not in HARMLESS)
+        raise BadInput(f"{path} is of another run ({listed}); choose another --output")
+    return list(differ.values())
 
 
 def load_batches(pictures, batches, recipe, crops, workers, device):
@@ -258,32 +280,43 @@ class Progress:
         print(line, end="\n" if last or not self.live else "", file=sys.stderr, flush=True)
 
 
+class Stopped(Exception):
+    """A signal asked the run to end, and its checkpoint is written."""
+
+
 def run(main):
-    """Call main(); what the user can mend ends in one line and exit code 2, Ctrl-C in 130."""
-    program = Path(sys.argv[0]).name
-    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    """Call main(); an end that is no fault of the code is one line and an exit code.
+
+    2: what the user can mend; 75 (try again): stopped by a signal, after a checkpoint; 130: Ctrl-C;
+    1: another process of the run died or cannot be reached.
+    """
+    again = "the same command goes on from the last checkpoint"
+    first = os.environ.get("RANK", "0") == "0"  # speaks for all where all know the same
+    code, message = 0, ""
     try:
         main()
     except BadInput as error:
         # What a worker raised arrives as the text of its traceback, with the message in the end.
-        message = str(error).rpartition(f"{BadInput.__name__}: ")[2].strip()
-        print(f"{clear}{program}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        text = str(error).rpartition(f"{BadInput.__name__}: ")[2].strip()
+        code, message = 2, f"error: {text}"
     except OSError as error:
-        print(
-            f"{clear}{program}: error: {error.filename or 'system'}: {error.strerror}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        code, message = 2, f"error: {error.filename or 'system'}: {error.strerror}"
+    except Stopped:
+        code, message = 75, first and f"stopped by a signal; {again}"
     except KeyboardInterrupt:
-        print(
-            f"{clear}{program}: interrupted; the same command goes on from the last epoch",
-            file=sys.stderr,
-        )
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code, message = 130, first and f"interrupted; {again}"
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        code, message = 1, f"error: the connection to another process failed ({reason}); {again}"
+    if message:
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+        print(f"{clear}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------- stage 1
@@ -322,6 +355,13 @@ def parse_args():
         "--momentum-encoder", number(float, 0, 1), "m of the key encoder's moving average"
     )
     parser.setting("--temperature", number(float, 0, above=True), "tau of both losses; paper: 0.07")
+    parser.add_argument(
+        "--save-minutes",
+        type=number(float, 0),
+        default=30,
+        metavar="X",
+        help="a checkpoint at least so often, besides that of every epoch (default: 30)",
+    )
     parser.setting(
         "--warmup-epochs", number(int, 0), "epochs in which the learning rate rises to its peak"
     )
@@ -348,18 +388,75 @@ def gather(tensor):
     return torch.cat(parts)
 
 
-def open_log(path, args, splits, step):
+NOTHING, SAVE, STOP, BROKEN = range(4)  # what a process may have met before a step
+
+
+def agree(news):
+    """The most urgent news of all processes, so that all act on it before the same step.
+
+    Over gloo, on host integers: no GPU is waited for.
+    """
+    if not dist.is_initialized():
+        return news
+    most = torch.tensor(news)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
+
+
+def watched(loader, checkpoint, minutes):
+    """The loader's batches, with a checkpoint() between them when one is due.
+
+    It is when `minutes` have passed, after SIGTERM or SIGUSR1, which schedulers send before they
+    take a machine away, and when a picture cannot be read: then the run ends as well.
+    """
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    loader, saved = iter(loader), time.monotonic()
+    while True:
+        batch, news, message = None, NOTHING, ""
+        try:
+            batch = next(loader, None)
+        except BadInput as error:
+            news, message = BROKEN, str(error)
+        if signals:
+            news = max(news, STOP)
+        elif time.monotonic() - saved > 60 * minutes:
+            news = max(news, SAVE)
+        news = agree(news)
+        if news:
+            checkpoint()
+            saved = time.monotonic()
+        if news == BROKEN:
+            messages = [message]
+            if dist.is_initialized():
+                messages = [None] * dist.get_world_size()
+                dist.all_gather_object(messages, message)
+            raise BadInput(next(filter(None, messages)))
+        if news == STOP:
+            raise Stopped
+        if batch is None:
+            return
+        yield batch
+
+
+def open_log(path, args, splits, step, changes):
     """log.jsonl, line by line; a resumed run keeps the records up to its checkpoint."""
+    lines = []
     if step:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if json.loads(line).get("step", 0) <= step]
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a last line cut short
+            for line in path.read_text().splitlines(keepends=True):
+                if json.loads(line).get("step", 0) <= step:
+                    lines.append(line)
+        if changes:
+            lines.append(json.dumps(dict(resumed=True, step=step, changes=changes)) + "\n")
     else:
         versions = {"python": sys.version.split()[0]}
         versions |= {m.__name__: m.__version__ for m in (torch, torchvision)}
         header = dict(command=shlex.join(sys.argv), versions=versions, splits=splits)
         header["arguments"] = plain(args)
         lines = [json.dumps(header) + "\n"]
-    path.write_text("".join(lines))
+    save_text(path, "".join(lines))
     return open(path, "a", buffering=1)
 
 
@@ -378,7 +475,8 @@ def main():
     torch.manual_seed(args.seed)
     classes = None if contrastive else int(train_set.labels.max()) + 1
     encoder = Encoder(args.arch, classes=classes)
-    path, step = args.output / "checkpoint.pth", 0
+    args.processes = world
+    path, step, changes = args.output / "checkpoint.pth", 0, []
     if args.pretrained != "none" and not path.exists():
         try:
             load_pretrained(encoder.backbone, args.arch, args.pretrained)
@@ -398,20 +496,24 @@ def main():
     parts = dict(
         encoder=encoder, momentum_encoder=momentum_encoder, queue=queue, optimizer=optimizer
     )
+    terms = ["loss", *["dscl"] * contrastive, *["pbsd"] * bool(patches)]
+    sums = torch.zeros(len(terms), device=device)  # of this process, since the last record
     if path.exists():
-        checkpoint = load(path, STAGE, device)
-        same_settings(path, checkpoint["args"], plain(args))
+        saved = load(path, STAGE, device)
+        changes = same_settings(path, saved["args"], plain(args))
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        step = checkpoint["step"]
+            part.load_state_dict(saved[name])
+        step, sums = saved["step"], saved["sums"]
+        sums = sums[rank] if len(sums) == world else sums.mean(0)
     share = dict(start=step, rank=rank, world=world)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, seed=args.seed, **share)
     steps, per_epoch = args.epochs * batches.per_epoch, batches.per_epoch
     splits = {split: f"{len(part)} pictures of {part.origin}" for split, part in sets.items()}
-    log = open_log(args.output / "log.jsonl", args, splits, step) if rank == 0 else None
+    log = open_log(args.output / "log.jsonl", args, splits, step, changes) if rank == 0 else None
     progress = Progress(steps, step, enabled=rank == 0)
     if rank == 0:
-        verb = f"going on from epoch {step // per_epoch} of" if step else "training"
+        verb = f"going on from epoch {step / per_epoch:.4g} of" if step else "training"
+        verb = f"({'; '.join(changes)}) {verb}" if changes else verb
         print(
             f"{verb} {args.arch} on {args.dataset}: {len(train_set)} pictures, "
             f"{args.epochs} epochs of {per_epoch} steps, {world} x {device.type}",
@@ -424,9 +526,33 @@ def main():
     model = DistributedDataParallel(encoder) if world > 1 else encoder
     model.train()
     momentum_encoder.train()
-    sums, since, began = 0, 0, time.monotonic()
+
+    def everyones_sums():
+        """[processes, terms]; BadInput if training ran away: no checkpoint ever holds that."""
+        rows = gather(sums[None])
+        finite = [
+            rows.isfinite().all(),
+            *(weight.isfinite().all() for weight in encoder.parameters()),
+        ]
+        if not torch.stack(finite).all():
+            lr = learning_rate(step - 1, args, per_epoch)
+            good = f"{path} is good and stays" if path.exists() else "there is no checkpoint yet"
+            raise BadInput(
+                f"loss or weights are not finite at step {step}, lr {lr:.3g}; {good}: "
+                "try a smaller --lr in another --output"
+            )
+        return rows
+
+    def checkpoint():
+        rows = everyones_sums()
+        if rank == 0:
+            os.fsync(log.fileno())
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save(path, dict(stage=STAGE, args=plain(args), step=step, sums=rows, **states))
+
     loader = load_batches(train_set, batches, recipe, 2, args.workers, device)
-    for images, labels in loader:
+    began, timed, since = time.monotonic(), step, step % per_epoch % LOG_EVERY
+    for images, labels in watched(loader, checkpoint, args.save_minutes):
         # What a step draws follows from (seed, step, rank) alone: no generator state to save.
         torch.manual_seed(seed_from(args.seed, step, rank))
         lr = learning_rate(step, args, per_epoch)
@@ -443,45 +569,40 @@ def main():
             dscl = dscl_loss(
                 query, key, labels, bank, bank_labels, alpha=args.alpha, temperature=tau
             )
-            loss, terms = dscl, {"dscl": dscl}
+            values = [dscl, dscl]
             if patches:
                 with torch.no_grad():
                     roi = encoder.embed_regions(feature_map, boxes, recipe["view_size"])  # c_i[j]
                 pbsd = pbsd_loss(roi, patch, key, bank, temperature=tau)
-                loss, terms = dscl + args.pbsd_weight * pbsd, {"dscl": dscl, "pbsd": pbsd}
+                values = [dscl + args.pbsd_weight * pbsd, dscl, pbsd]
             queue.put(gather(key), gather(labels))
         else:
-            loss, terms = F.cross_entropy(query, labels), {}
+            values = [F.cross_entropy(query, labels)]
 
-        loss.backward()
+        values[0].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, since = step + 1, since + 1
-        sums = sums + torch.stack([loss, *terms.values()]).detach()
+        sums = sums + torch.stack(values).detach()
 
         if step % per_epoch % LOG_EVERY == 0:
             now = time.monotonic()
-            means = dict(zip(["loss", *terms], (gather(sums[None]).mean(0) / since).tolist()))
-            if not math.isfinite(means["loss"]):
-                raise BadInput(
-                    f"the loss is {means['loss']} at step {step}, lr {lr:.3g}: try a smaller --lr"
-                )
+            means = dict(zip(terms, (everyones_sums().mean(0) / since).tolist()))
             if rank == 0:
-                rate = since * args.batch_size / (now - began)
+                rate = (step - timed) * args.batch_size / (now - began)
                 epoch = math.ceil(step / per_epoch)
                 record = dict(
                     epoch=epoch, step=step, **means, lr=lr, images_per_second=round(rate, 1)
                 )
                 print(json.dumps(record), file=log)
-                values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
                 progress.show(
                     step,
-                    f"epoch {epoch}/{args.epochs}  {values}  lr {lr:.3f}  {rate:.0f} pictures/s",
+                    f"epoch {epoch}/{args.epochs}  {text}  lr {lr:.3f}  {rate:.0f} pictures/s",
                 )
-            sums, since, began = 0, 0, now
-        if step % per_epoch == 0 and rank == 0:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            save(path, dict(stage=STAGE, args=plain(args), step=step, **states))
+            sums, since, began, timed = torch.zeros_like(sums), 0, now, step
+        if step % per_epoch == 0:
+            checkpoint()
 
     if rank == 0:
         print(f"done: {path}; stage 2: python eval.py --output {args.output}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -82,7 +83,8 @@ def states_equal(a, b):
 
 def checkpoint(output):
     content = torch.load(output / "checkpoint.pth", weights_only=True)
-    content["args"].pop("output")
+    for name in ("output", "save_minutes"):
+        content["args"].pop(name, None)
     return content
 
 
@@ -133,19 +135,83 @@ def test_the_same_seed_gives_the_same_to_the_bit_and_another_does_not(
         assert same == ([True] * 3 if seed == 0 else [False] * 3)
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(trained, small_root, tmp_path):
-    command = [sys.executable, "train.py", *TINY, "--data-root", small_root, "--output", tmp_path]
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
+    trained, small_root, tmp_path, call
+):
+    # --save-minutes 0: a checkpoint before every step, so that the kill comes amid an epoch.
+    arguments = [*TINY, "--data-root", small_root, "--output", tmp_path, "--save-minutes"]
+    command = [sys.executable, "train.py", *arguments, 0]
     process = subprocess.Popen(list(map(str, command)), cwd=HERE, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "checkpoint.pth").exists():
+    while not (tmp_path / "checkpoint.pth").exists() or checkpoint(tmp_path)["step"] < 3:
         assert process.poll() is None
-        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoint(tmp_path)["step"] == 9
-    done = python(*command[1:])
-    assert done.returncode == 0 and "going on from epoch 1" in done.stderr
+    assert 3 <= checkpoint(tmp_path)["step"] < 18
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"epoch": 1, "st')  # what a kill amid a line leaves
+    said = call(train, *arguments, 30)
+    assert "going on from epoch" in said.err and "save_minutes was 0.0, now 30.0" in said.err
+    _, steps = records(tmp_path)
+    notes = [record for record in steps if "resumed" in record]
+    assert [record for record in steps if record not in notes] == records(trained[0])[1]
+    assert [note["changes"] for note in notes] == [["save_minutes was 0.0, now 30.0"]]
+    assert states_equal(checkpoint(tmp_path), checkpoint(trained[0]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_with_a_checkpoint_of_that_step(
+    number, trained, small_root, tmp_path, call, monkeypatch
+):
+    arguments = [*TINY, "--data-root", small_root, "--output", tmp_path]
+    views, calls = train.training_views, []
+
+    def interrupted(*inputs):
+        calls.append(None)
+        if len(calls) == 13:
+            os.kill(os.getpid(), number)
+        return views(*inputs)
+
+    monkeypatch.setattr(train, "training_views", interrupted)
+    with pytest.raises(train.Stopped):
+        call(train, *arguments)
+    assert checkpoint(tmp_path)["step"] == 13
+    call(train, *arguments)
+    assert len(calls) == 18  # no step was done twice
     assert records(tmp_path)[1] == records(trained[0])[1]
     assert states_equal(checkpoint(tmp_path), checkpoint(trained[0]))
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
+    small_root, tmp_path, call, monkeypatch
+):
+    arguments = [*TINY, "--data-root", small_root, "--output", tmp_path]
+    rate = train.learning_rate
+    monkeypatch.setattr(
+        train, "learning_rate", lambda step, *rest: 1e30 if step == 12 else rate(step, *rest)
+    )
+    with pytest.raises(train.BadInput, match="not finite at step 18.*checkpoint.pth is good"):
+        call(train, *arguments)
+    assert checkpoint(tmp_path)["step"] == 9
+    assert all(v.isfinite().all() for v in checkpoint(tmp_path)["encoder"].values())
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(small_root, tmp_path, call):
+    arguments = ["--data-root", small_root, "--output", tmp_path]
+    call(train, *TINY, *arguments)
+    good = (tmp_path / "checkpoint.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for stage in (train, stage2):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(train.BadInput, match=r"\.pth cannot be written .*make room"):
+                if stage is train:
+                    train.save(tmp_path / "checkpoint.pth", checkpoint(tmp_path))
+                else:
+                    call(stage2, *arguments, "--epochs", 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / "checkpoint.pth").read_bytes() == good
+        assert not list(tmp_path.glob("*.new")) and not (tmp_path / "classifier.pth").exists()
 
 
 def test_stage_2_goes_on_from_its_last_epoch(trained, small_root, tmp_path, call):
@@ -221,12 +287,23 @@ def test_the_benchmark_trains_resumes_and_evaluates_in_two_processes(imagenet_tr
 def test_a_picture_that_cannot_be_read_ends_training_with_its_name(imagenet_tree, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(imagenet_tree, root)
-    (root / "train" / "n00000001" / "train_7.JPEG").write_bytes(b"no picture")
-    options = ["--arch", "resnet18", "--output", tmp_path / "run", "--data-root", root]
-    done = python("train.py", *FILES, *options, "--epochs", 2)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"train.py: error: {root}/train/n00000001/train_7.JPEG cannot be read")
+    broken = root / "train" / "n00000001" / "train_7.JPEG"
+    whole = broken.read_bytes()
+    options = [*FILES, "--arch", "resnet18", "--data-root", root, "--epochs", 2]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert python(*launch, *options, "--output", tmp_path / "a", env=environment).returncode == 0
+    broken.write_bytes(b"no picture")
+    done = python(*launch, *options, "--output", tmp_path / "b", env=environment)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if f"error: {broken} cannot be read" in line]
+    assert len(said) == 2  # each process says so
+    broken.write_bytes(whole)
+    stopped_at = checkpoint(tmp_path / "b")["step"]
+    assert stopped_at < 4
+    assert python(*launch, *options, "--output", tmp_path / "b", env=environment).returncode == 0
+    assert records(tmp_path / "a")[1] == records(tmp_path / "b")[1]
+    assert states_equal(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
 
 
 def test_what_is_trained_on_does_not_depend_on_workers_and_processes(imagenet_tree):
@@ -317,6 +394,16 @@ def test_stage_1_refuses_bad_flags_in_one_line(arguments, says, capsys, monkeypa
     assert says in fails(capsys, monkeypatch, train, "--output", tmp_path, *arguments)
 
 
+class Bomb:
+    """What unpickling would run: it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(capsys, monkeypatch, trained, tmp_path):
     output, _ = trained
     for name in ("nothing.pth", "truncated.pth", "pickle.pth", "other.pth"):
@@ -324,13 +411,14 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(capsys, monkeypatch,
         if name == "truncated.pth":
             path.write_bytes((output / "checkpoint.pth").read_bytes()[:5000])
         elif name == "pickle.pth":
-            torch.save({"stage": train.STAGE, "code": Path("x")}, path)  # not plain data
+            torch.save({"stage": train.STAGE, "code": Bomb(tmp_path / "exploded")}, path)
         elif name == "other.pth":
             torch.save({"weights": torch.zeros(1)}, path)
         before = path.read_bytes() if path.exists() else None
         line = fails(capsys, monkeypatch, stage2, "--checkpoint", path)
         assert name in line
         assert (path.read_bytes() if path.exists() else None) == before
+    assert not (tmp_path / "exploded").exists()
     # A stage 1 that finds something else in its place neither starts over nor overwrites it.
     broken = tmp_path / "run" / "checkpoint.pth"
     broken.parent.mkdir()
