@@ -14,6 +14,7 @@ import os
 import sys
 import zipfile
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,7 @@ DATASETS = {
     "cifar10_lt": row(
         SMALL,
         source="cifar",
+        imbalance=100.0,  # the largest class over the smallest
         mean=(0.491, 0.482, 0.447),
         std=(0.247, 0.243, 0.262),
         query_jitter=(0.4, 0.4, 0.4, 0.1),
@@ -136,6 +138,7 @@ DATASETS = {
     "cifar100_lt": row(
         SMALL,
         source="cifar",
+        imbalance=100.0,  # the largest class over the smallest
         mean=(0.507, 0.487, 0.441),
         std=(0.267, 0.256, 0.276),
         query_jitter=(0.4, 0.4, 0.4, 0.1),
@@ -259,8 +262,8 @@ class Pictures:
         return len(self.labels)
 
     def views(self, indices, seeds, recipe, crops):
-        """The whole pictures, uint8 [max(crops, 1), B, C, H, W]: the device will cut them."""
-        return self.images[indices].expand(max(crops, 1), -1, -1, -1, -1)
+        """The whole pictures, once, uint8 [1, B, C, H, W]: the device will cut them."""
+        return self.images[indices][None]
 
 
 class ImageFiles:
@@ -321,6 +324,8 @@ def decode(image, reducible=1.0):
     A JPEG that may shrink by the factor `reducible` is decoded at half, a quarter or an eighth of
     its size, as far as that allows: the resize that follows never enlarges what was thrown away.
     """
+    if image.mode[0] in "IF":
+        raise ValueError(f"pixels of mode {image.mode}; only 8 bits a channel are understood")
     if reducible >= 2:
         image.draft("RGB", [math.ceil(side / reducible) for side in image.size])
     return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
@@ -367,6 +372,21 @@ def load_dataset(name, root=None, index_dir=None, imbalance=None):
     return sets
 
 
+def identity(sets):
+    """What tells data sets apart, by split: pictures, classes and a digest of all of them."""
+    described = {}
+    for split, pictures in sets.items():
+        content = pictures.paths if isinstance(pictures, ImageFiles) else pictures.images.numpy()
+        digest = sha256(np.ascontiguousarray(content))
+        digest.update(pictures.labels.numpy())
+        described[split] = dict(
+            pictures=len(pictures),
+            classes=pictures.names or int(pictures.labels.max()) + 1,
+            digest=digest.hexdigest()[:16],
+        )
+    return described
+
+
 def read_dataset(name, root=None, index_dir=None, imbalance=None, download=False):
     """The splits that can be read, and messages about what is wrong."""
     recipe = DATASETS[name]
@@ -383,7 +403,7 @@ def read_dataset(name, root=None, index_dir=None, imbalance=None, download=False
     if recipe["source"] == "npz":
         sets = read_npz(root / f"{name}.npz")
     elif recipe["source"] == "cifar":
-        sets = read_cifar(name, root, imbalance or 100, download)
+        sets = read_cifar(name, root, imbalance or recipe["imbalance"], download)
     elif recipe["source"] == "folder":
         sets = read_folders(root)
     else:
@@ -556,7 +576,8 @@ def read_folders(root):
 def hold_out(sets, missing):
     """Take the `missing` splits out of train, class by class, at least one picture of each.
 
-    With a seed of its own, so that no run ever trains on what another one tests on.
+    In the order of a hash of their paths: whatever the seed of a run, and however other classes
+    change, the same pictures are held out.
     """
     train = sets["train"]
     counts = train.labels.bincount(minlength=len(train.names))
@@ -566,7 +587,10 @@ def hold_out(sets, missing):
             f"{train.origin}/{train.names[label]} has {counts[label]} pictures, too few to hold "
             f"out some for {' and '.join(missing)}: give it more, or make {train.root / missing[0]}"
         )
-    rows_of, _ = long_tailed_indices(train.labels, counts)
+    order = sorted(range(len(train)), key=lambda row: sha256(train.paths[row]).digest())
+    rows_of = [[] for _ in counts]
+    for row in order:
+        rows_of[train.labels[row]].append(row)
     for split in missing:
         fraction, most = HELD_OUT[split]
         sizes = (counts // fraction).clamp(1, most).tolist()
@@ -813,12 +837,15 @@ def evaluation_view(images, recipe):
 
 @torch.no_grad()
 def training_views(images, recipe, patches):
-    """All that a step of stage 1 sees of uint8 images [2, B, C, H, W] (section 5 of the method).
+    """All that a step of stage 1 sees (section 5 of the method).
+
+    Of uint8 images: a crop for query and key each [2, B, 3, V, V], or whole pictures to cut both
+    from [1, B, C, H, W].
 
     Returns query view and key view [B, 3, V, V], `patches` = L boxes a picture in the query view
     [L, B, 4] in pixels, and these regions as patches [L, B, 3, S, S].
     """
-    query, key = (random_view(view, recipe) for view in images)
+    query, key = random_view(images[0], recipe), random_view(images[-1], recipe)
     # Boxes are drawn after the query's crop and flip and cut before its colour changes.
     size = recipe["view_size"]
     boxes = random_boxes(patches * len(query), size, recipe["patch_scale"], images.device)
@@ -853,7 +880,7 @@ class Inspection(Dataset):
                 if self.decoding:
                     with open_picture(path) as image:
                         decode(image)
-            except BadInput as error:
+            except (BadInput, OSError) as error:  # a name too long, a directory that is closed
                 messages.append(str(error))
         return messages
 
@@ -884,6 +911,7 @@ def main():
     sets, problems = read_dataset(
         args.dataset, args.data_root, args.index_dir, args.imbalance, args.download
     )
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     columns = ("pictures", "classes", "most", "least", "many", "medium", "few")
     print("".join([f"{args.dataset:<18}", *(f"{name:>10}" for name in columns)]))
     for split, pictures in sets.items():

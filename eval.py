@@ -27,6 +27,7 @@ from data import (
     Batches,
     classifier_view,
     evaluation_view,
+    identity,
     load_dataset,
     seed_from,
     shot_groups,
@@ -37,7 +38,9 @@ from train import (
     Progress,
     load,
     load_batches,
+    only_lost_pictures,
     plain,
+    same_everywhere,
     same_settings,
     save,
     save_text,
@@ -77,7 +80,8 @@ class LinearProbe(nn.Module):
 
 def shard(count, rank, world, batch_size=128):
     """Batches of every picture of a split, for a loader: this process's part, none twice."""
-    return [(rows.tolist(), None) for rows in torch.arange(rank, count, world).split(batch_size)]
+    rows = torch.arange(count)[rank::world]
+    return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
 
 
 @torch.no_grad()
@@ -173,7 +177,15 @@ def main():
     args.processes = world
 
     sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
+    args.data = identity(sets)
+    if not only_lost_pictures(args.stage1["data"], args.data):
+        raise BadInput(
+            f"the pictures in {args.data_root} are not those that {args.checkpoint} was trained "
+            "with: a test on them could be on pictures it has seen"
+        )
     recipe = with_recipe(args, "stage2", len(sets["train"]))
+    # No step can take more than there are, and every process takes as many.
+    args.batch_size = min(args.batch_size, len(sets["train"]) // world * world)
     recipe = recipe | dict(view_size=args.stage1["view_size"])
     counts = sets["train"].labels.bincount()
     classes = len(counts)
@@ -202,7 +214,8 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         epoch, best = checkpoint["epoch"], checkpoint["best"]
 
-    batch_size = min(args.batch_size, len(sets["train"]))
+    same_everywhere(epoch, args.output)
+    batch_size = args.batch_size
     share = dict(start=epoch * (len(sets["train"]) // batch_size), rank=rank, world=world)
     batches = Batches(
         sets["train"].labels, batch_size, args.epochs, seed=args.seed, balanced=True, **share

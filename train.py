@@ -33,6 +33,7 @@ from data import (
     BadInput,
     Batches,
     Views,
+    identity,
     load_dataset,
     recipe_of,
     seed_from,
@@ -144,9 +145,9 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def cores():
-    """The cores that each process of this machine can have for its workers."""
+    """The cores that each process of this machine can have for its workers, at most 8."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(8, max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def with_recipe(args, stage, pictures):
@@ -154,6 +155,8 @@ def with_recipe(args, stage, pictures):
     recipe = recipe_of(args.dataset, pictures)
     if args.workers is None:
         args.workers = cores() if recipe["workers"] is None else recipe["workers"]
+    if args.imbalance is None:
+        args.imbalance = recipe.get("imbalance")
     if args.lr is None and args.batch_size:
         args.lr = recipe[stage]["lr"] * args.batch_size / recipe[stage]["batch_size"]
     for name, value in recipe[stage].items():
@@ -229,6 +232,25 @@ def load(path, stage, device):
     return content
 
 
+def same_everywhere(value, output):
+    """BadInput if processes found different checkpoints, on hosts that do not share --output."""
+    if gather(torch.tensor([value])).unique().numel() > 1:
+        raise BadInput(
+            f"processes found different checkpoints in {output}: it must be one directory that all "
+            "hosts share"
+        )
+
+
+def only_lost_pictures(before, now):
+    """Whether a data set is the same as before but for pictures dropped, see data.identity."""
+    return before.keys() == now.keys() and all(
+        part == before[split]
+        or (part["classes"], part["pictures"] < before[split]["pictures"])
+        == (before[split]["classes"], True)
+        for split, part in now.items()
+    )
+
+
 HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "save_minutes", "processes"}
 
 
@@ -242,19 +264,32 @@ def same_settings(path, before, now):
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     }
-    if differ.keys() - HARMLESS:
-        listed = "; ".join(text for name, text in differ.items() if name not in HARMLESS)
+    harmless = HARMLESS
+    if "data" in differ:
+        sizes = [{s: part["pictures"] for s, part in run["data"].items()} for run in (before, now)]
+        differ["data"] = f"pictures were {sizes[0]}, now {sizes[1]}"
+        if only_lost_pictures(before["data"], now["data"]):
+            harmless = HARMLESS | {"data"}
+    if differ.keys() - harmless:
+        listed = "; ".join(text for name, text in differ.items() if name not in harmless)
         raise BadInput(f"{path} is of another run ({listed}); choose another --output")
     return list(differ.values())
 
 
+def leave_signals_to_the_main_process(worker):
+    """A scheduler's SIGTERM goes to all processes; without workers there would be no checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load_batches(pictures, batches, recipe, crops, workers, device):
-    """A DataLoader of (images uint8 [crops or 1, B, C, H, W], labels [B]), see data.Views."""
+    """A DataLoader of (images uint8 [1 or 2, B, C, H, W], labels [B]), see data.Views."""
     return DataLoader(
         Views(pictures, recipe, crops),
         sampler=batches,
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=leave_signals_to_the_main_process,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
@@ -300,7 +335,8 @@ def run(main):
         text = str(error).rpartition(f"{BadInput.__name__}: ")[2].strip()
         code, message = 2, f"error: {text}"
     except OSError as error:
-        code, message = 2, f"error: {error.filename or 'system'}: {error.strerror}"
+        text = error.strerror or str(error).strip().splitlines()[-1]
+        code, message = 2, f"error: {error.filename or 'system'}: {text}"
     except Stopped:
         code, message = 75, first and f"stopped by a signal; {again}"
     except KeyboardInterrupt:
@@ -313,10 +349,10 @@ def run(main):
     if message:
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         print(f"{clear}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if code:  # without a farewell to processes that may be waiting for this one
+        sys.exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if code:
-        sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------- stage 1
@@ -475,7 +511,7 @@ def main():
     torch.manual_seed(args.seed)
     classes = None if contrastive else int(train_set.labels.max()) + 1
     encoder = Encoder(args.arch, classes=classes)
-    args.processes = world
+    args.processes, args.data = world, identity(sets)
     path, step, changes = args.output / "checkpoint.pth", 0, []
     if args.pretrained != "none" and not path.exists():
         try:
@@ -505,6 +541,7 @@ def main():
             part.load_state_dict(saved[name])
         step, sums = saved["step"], saved["sums"]
         sums = sums[rank] if len(sums) == world else sums.mean(0)
+    same_everywhere(step, args.output)
     share = dict(start=step, rank=rank, world=world)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, seed=args.seed, **share)
     steps, per_epoch = args.epochs * batches.per_epoch, batches.per_epoch

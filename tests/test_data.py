@@ -323,6 +323,15 @@ def test_what_folders_lack_is_held_out_of_train_class_by_class(tmp_path):
     again = load_dataset("imagefolder", tmp_path)
     for split, pictures in sets.items():
         assert pictures.paths.tolist() == again[split].paths.tolist()
+    # Another picture of one class leaves what is held out of the others as it was.
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "ant" / "new.png")
+    for split, pictures in load_dataset("imagefolder", tmp_path).items():
+        for label in (1, 2):
+            kept, before = (
+                part.paths[part.labels.numpy() == label] for part in (pictures, sets[split])
+            )
+            assert kept.tolist() == before.tolist()
+    (tmp_path / "train" / "ant" / "new.png").unlink()
     write_folders(tmp_path, dict(val=dict(ant=1, bee=1, cat=1)))
     assert labels_of(load_dataset("imagefolder", tmp_path))["train"] == [48, 16, 2]
     (tmp_path / "train" / "cat" / "0.png").unlink()
@@ -346,19 +355,16 @@ def read(path):
         return data.decode(image)
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1"])
 def test_pictures_of_every_kind_become_rgb(mode, tmp_path):
     pixels = np.kron(np.arange(0, 240, 15).reshape(4, 4), np.ones((8, 8))).astype(np.uint8)
     picture = Image.fromarray(pixels)
-    if mode == "I;16":
-        picture = Image.fromarray(pixels.astype(np.uint16) * 257)
-    else:
-        picture = picture.convert("RGB").convert(mode)
+    picture = picture.convert("RGB").convert(mode)
     path = tmp_path / ("a.jpg" if mode in ("L", "CMYK") else "a.png")
     picture.save(path)
     image = read(path)
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
-    tolerance = {"1": 255, "I;16": 255, "P": 51, "L": 8, "CMYK": 12}  # dither, clip, palette, JPEG
+    tolerance = {"1": 255, "P": 51, "L": 8, "CMYK": 12}  # dither, palette, JPEG
     assert (image.int() - torch.tensor(pixels)).abs().max() <= tolerance.get(mode, 0)
     assert image.max() > 150 and image.min() < 60
 
@@ -370,6 +376,9 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, imagenet_tree):
         path.write_bytes(content)
         with pytest.raises(BadInput, match=f"{name}.jpg cannot be read as a picture .*mend it"):
             read(path)
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(BadInput, match="deep.png cannot be read .*only 8 bits a channel"):
+        read(tmp_path / "deep.png")
     with pytest.raises(BadInput, match="gone.jpg cannot be read as a picture .No such file"):
         read(tmp_path / "gone.jpg")
 

@@ -29,7 +29,9 @@ class Ranks(torch.nn.Module):
         return logits.scatter(1, images[:, 0, 0, :1].round().long(), 2.5)
 
 
-@pytest.mark.parametrize("batch_size, world, workers", [(64, 1, 0), (7, 1, 2), (5, 3, 0)])
+@pytest.mark.parametrize(
+    "batch_size, world, workers", [(64, 1, 0), (7, 1, 2), (5, 3, 0), (5, 60, 0)]
+)
 def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size, world, workers):
     labels = torch.arange(50) % 8
     images = torch.arange(50)[:, None, None, None].expand(-1, 3, 2, 2) % 8
