@@ -242,13 +242,15 @@ def same_everywhere(value, output):
 
 
 def only_lost_pictures(before, now):
-    """Whether a data set is the same as before but for pictures dropped, see data.identity."""
-    return before.keys() == now.keys() and all(
-        part == before[split]
-        or (part["classes"], part["pictures"] < before[split]["pictures"])
-        == (before[split]["classes"], True)
-        for split, part in now.items()
-    )
+    """Whether a data set, described by data.identity, is what it was but for dropped pictures."""
+
+    def kept(split):
+        old, new = before[split], now[split]
+        return new == old or (
+            new["classes"] == old["classes"] and new["pictures"] < old["pictures"]
+        )
+
+    return before.keys() == now.keys() and all(map(kept, now))
 
 
 HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "save_minutes", "processes"}

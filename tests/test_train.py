@@ -236,16 +236,18 @@ def test_stage_2_goes_on_from_its_last_epoch(trained, small_root, tmp_path, call
     assert states_equal(content, again)
 
 
-def test_two_processes_share_a_batch_and_queue_the_keys_of_both(small_root, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+def test_every_process_holds_the_same_weights_and_queue_and_draws_other_views(small_root, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1, *TINY[2:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = python(*launch, *options, env=environment)
+    done = python(*launch, "tests/ranks.py", *options, env=environment)
     assert done.returncode == 0, done.stderr
-    assert [r["step"] for r in records(tmp_path)[1]] == [9]
+    first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
+    assert len(first["queues"]) == 9 and states_equal(first["queues"], second["queues"])
+    assert states_equal([w.data for w in first["weights"]], [w.data for w in second["weights"]])
+    assert not torch.equal(first["boxes"], second["boxes"])
     saved = checkpoint(tmp_path)
-    assert saved["queue"]["_extra_state"] == 9 * 64  # the keys of both processes
-    assert saved["step"] == 9
+    assert saved["queue"]["_extra_state"] == 9 * 64 and saved["step"] == 9  # the keys of both
 
 
 # What makes a resnet50 on the JPEGs of imagenet_tree affordable.

@@ -1,0 +1,98 @@
+"""Kills a run of two processes at random moments and shows that nothing is lost.
+
+python tests/chaos.py --kills 20
+
+SIGKILL goes to one process or to torchrun and both, at any moment after a new checkpoint; the same
+command is given again. In the end weights, queue, optimizer and log must be equal to the bit to
+those of a run that nobody disturbed. Exit code 1 if they are not.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def start(output, epochs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["train.py", "--epochs", str(epochs), "--save-minutes", "0.02", "--output", output]
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=HERE,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def steps_done(output):
+    """The step of the last checkpoint; reading it also shows that it is whole."""
+    path = output / "checkpoint.pth"
+    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
+
+
+def result(output):
+    """Log without rates, and state without paths."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()[1:]]
+    state = torch.load(output / "checkpoint.pth", weights_only=True)
+    state.pop("args")
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines], state
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20, help="default: 20")
+    parser.add_argument("--epochs", type=int, default=40, help="of the run (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    args = parser.parse_args()
+    moments = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as directory:
+        calm, disturbed = Path(directory) / "calm", Path(directory) / "disturbed"
+        if start(calm, args.epochs).wait() != 0:
+            sys.exit("the undisturbed run failed")
+        for kill in range(1, args.kills + 1):
+            before, process = steps_done(disturbed), start(disturbed, args.epochs)
+            while steps_done(disturbed) == before and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(moments.uniform(0, 2))
+            found = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True)
+            ranks = list(map(int, found.split()))
+            victims = [moments.choice(ranks)] if moments.random() < 0.5 else [process.pid, *ranks]
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+            process.wait()  # of one that is left alone torchrun ends the other
+            after = steps_done(disturbed)
+            print(f"kill {kill} of {len(victims)} processes: step {before} to {after}", flush=True)
+            if after < before:
+                sys.exit("steps were lost that a checkpoint had")
+        if start(disturbed, args.epochs).wait() != 0:
+            sys.exit("the last run failed")
+        same = equal(result(calm), result(disturbed))
+        print(f"{args.kills} kills: {'nothing was lost' if same else 'THE RESULTS DIFFER'}")
+        sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()
