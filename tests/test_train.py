@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -248,6 +249,47 @@ def test_every_process_holds_the_same_weights_and_queue_and_draws_other_views(sm
     assert not torch.equal(first["boxes"], second["boxes"])
     saved = checkpoint(tmp_path)
     assert saved["queue"]["_extra_state"] == 9 * 64 and saved["step"] == 9  # the keys of both
+
+
+def test_when_a_process_dies_the_other_says_so_and_ends(small_root, tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    command += ["--data-root", small_root, "--output", tmp_path, *TINY[2:]]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=HERE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
+    while not (tmp_path / "checkpoint.pth").exists():
+        assert process.poll() is None
+    ranks = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode != 0
+    assert "train.py: error: the connection to another process failed" in said
+    assert "goes on from the last checkpoint" in said and checkpoint(tmp_path)["step"] % 9 == 0
+
+
+def test_two_hosts_meet_at_a_rendezvous(small_root, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=1"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "train.py"]
+    command += ["--data-root", small_root, "--output", tmp_path, "--epochs", 1, *TINY[2:]]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=HERE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    said = [host.communicate(timeout=150)[1].decode() for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert sum("2 x cpu" in text for text in said) == 1  # rank 0 speaks
+    assert checkpoint(tmp_path)["queue"]["_extra_state"] == 9 * 64
 
 
 # What makes a resnet50 on the JPEGs of imagenet_tree affordable.
