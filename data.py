@@ -836,19 +836,17 @@ def evaluation_view(images, recipe):
 
 
 @torch.no_grad()
-def training_views(images, recipe, patches):
+def training_views(query_images, key_images, recipe, patches):
     """All that a step of stage 1 sees (section 5 of the method).
 
-    Of uint8 images: a crop for query and key each [2, B, 3, V, V], or whole pictures to cut both
-    from [1, B, C, H, W].
-
-    Returns query view and key view [B, 3, V, V], `patches` = L boxes a picture in the query view
-    [L, B, 4] in pixels, and these regions as patches [L, B, 3, S, S].
+    Of uint8 crops [B, C, V, V], or whole pictures [B, C, H, W] to cut them from: query view and key
+    view [B, 3, V, V], `patches` = L boxes a picture in the query view [L, B, 4] in pixels, and
+    these regions as patches [L, B, 3, S, S].
     """
-    query, key = random_view(images[0], recipe), random_view(images[-1], recipe)
+    query, key = random_view(query_images, recipe), random_view(key_images, recipe)
     # Boxes are drawn after the query's crop and flip and cut before its colour changes.
     size = recipe["view_size"]
-    boxes = random_boxes(patches * len(query), size, recipe["patch_scale"], images.device)
+    boxes = random_boxes(patches * len(query), size, recipe["patch_scale"], query.device)
     regions = random_flip(crop(query, boxes, recipe["patch_size"])) if patches else query[:0]
     key_matrices = color_matrices(key.mean((2, 3)).expand(-1, 3), recipe["key_jitter"])
     return (

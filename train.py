@@ -426,6 +426,28 @@ def gather(tensor):
     return torch.cat(parts)
 
 
+class Shuffle:
+    """Shuffle BN: a process makes keys of pictures drawn from those of all processes.
+
+    Normalised with the pictures of its queries, a key could be told by the batch's statistics. The
+    order follows from the seed, so that all processes know it. None of it for one process.
+    """
+
+    def __init__(self, seed, batch_size, rank, world, device):
+        generator = torch.Generator().manual_seed(seed)
+        self.order = torch.randperm(batch_size, generator=generator).to(device)
+        share = batch_size // world
+        self.own, self.world = slice(rank * share, (rank + 1) * share), world
+
+    def spread(self, images):
+        """This process's part, in the new order, of everyone's uint8 images [B, C, H, W]."""
+        return gather(images)[self.order[self.own]] if self.world > 1 else images
+
+    def collect(self, keys):
+        """Everyone's keys in the order of their pictures, the processes one after another."""
+        return gather(keys)[self.order.argsort()] if self.world > 1 else keys
+
+
 NOTHING, SAVE, STOP, BROKEN = range(4)  # what a process may have met before a step
 
 
@@ -599,11 +621,15 @@ def main():
             group["lr"] = lr
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-        query_view, key_view, boxes, patch_views = training_views(images, recipe, patches)
+        shuffle = Shuffle(seed_from(args.seed, step), args.batch_size, rank, world, device)
+        query_view, key_view, boxes, patch_views = training_views(
+            images[0], shuffle.spread(images[-1]), recipe, patches
+        )
         query, feature_map, patch = model(query_view, patch_views)  # z_i, f(x), s_i[j]
         if contrastive:
             momentum_encoder.update(encoder)
-            key = momentum_encoder(key_view)  # z_i+
+            keys = shuffle.collect(momentum_encoder(key_view))
+            key = keys[shuffle.own]  # z_i+
             bank, bank_labels, tau = queue.keys, queue.labels, args.temperature
             dscl = dscl_loss(
                 query, key, labels, bank, bank_labels, alpha=args.alpha, temperature=tau
@@ -614,7 +640,7 @@ def main():
                     roi = encoder.embed_regions(feature_map, boxes, recipe["view_size"])  # c_i[j]
                 pbsd = pbsd_loss(roi, patch, key, bank, temperature=tau)
                 values = [dscl + args.pbsd_weight * pbsd, dscl, pbsd]
-            queue.put(gather(key), gather(labels))
+            queue.put(keys, gather(labels))
         else:
             values = [F.cross_entropy(query, labels)]
 

@@ -705,12 +705,12 @@ def test_blur_is_torchvisions_gaussian_and_leaves_the_rest():
 def test_patches_are_the_boxes_of_the_query_view_before_its_colours(sets):
     torch.manual_seed(0)
     recipe = RECIPE | dict(query_jitter=(0, 0, 0, 0), key_jitter=(0, 0, 0, 0), grey_p=0.0)
-    images = sets["train"].images[::100].expand(2, -1, -1, -1, -1)
-    query, key, boxes, patches = training_views(images, recipe, 5)
+    images = sets["train"].images[::100]
+    query, key, boxes, patches = training_views(images, images, recipe, 5)
     view, size = recipe["view_size"], recipe["patch_size"]
-    assert query.shape == key.shape == (images.shape[1], 3, view, view)
-    assert boxes.shape == (5, images.shape[1], 4)
-    assert patches.shape == (5, images.shape[1], 3, size, size)
+    assert query.shape == key.shape == (len(images), 3, view, view)
+    assert boxes.shape == (5, len(images), 4)
+    assert patches.shape == (5, len(images), 3, size, size)
     expected = crop(query, boxes.flatten(0, 1), size).view_as(patches)
     straight = (patches - expected).abs().flatten(2).max(2).values < 1e-4
     flipped = (patches.flip(4) - expected).abs().flatten(2).max(2).values < 1e-4
@@ -721,12 +721,12 @@ def test_patches_are_the_boxes_of_the_query_view_before_its_colours(sets):
 
 
 def test_views_are_standardised_and_repeat_with_the_seed(sets):
-    images = sets["train"].images[:200].expand(2, -1, -1, -1, -1)
+    images = sets["train"].images[:200]
     torch.manual_seed(5)
-    first = training_views(images, RECIPE, 2)
+    first = training_views(images, images, RECIPE, 2)
     torch.manual_seed(5)
-    for a, b in zip(first, training_views(images, RECIPE, 2)):
+    for a, b in zip(first, training_views(images, images, RECIPE, 2)):
         assert torch.equal(a, b)
     whole = data.evaluation_view(sets["train"].images[None], RECIPE)
     assert whole.mean().abs() < 0.1 and (whole.std() - 1).abs() < 0.1
-    assert training_views(images, RECIPE, 0)[3] is None
+    assert training_views(images, images, RECIPE, 0)[3] is None
