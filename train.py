@@ -269,7 +269,8 @@ def same_settings(path, before, now):
     harmless = HARMLESS
     if "data" in differ:
         sizes = [{s: part["pictures"] for s, part in run["data"].items()} for run in (before, now)]
-        differ["data"] = f"pictures were {sizes[0]}, now {sizes[1]}"
+        now_are = "others" if sizes[0] == sizes[1] else sizes[1]
+        differ["data"] = f"pictures were {sizes[0]}, now {now_are}"
         if only_lost_pictures(before["data"], now["data"]):
             harmless = HARMLESS | {"data"}
     if differ.keys() - harmless:
