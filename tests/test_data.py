@@ -498,6 +498,16 @@ def test_the_check_is_a_command(tmp_path):
         assert (done.stderr.count("\n") == 1) == (code == 2)
 
 
+def test_batches_have_memory_of_their_own_as_pinning_demands(sets, imagenet_tree):
+    files = load_dataset("imagenet_lt", imagenet_tree)["train"]
+    for pictures in (sets["train"], files):
+        for crops in (0, 1, 2):
+            views = pictures.views(
+                [0, 1], [5, 6], DATASETS["imagenet_lt"] | dict(view_size=8), crops
+            )
+            assert all(views.stride()) and views.numel() == views.untyped_storage().nbytes()
+
+
 # ------------------------------------------------------------------------------------- samplers
 
 
