@@ -185,7 +185,7 @@ def main():
         )
     recipe = with_recipe(args, "stage2", len(sets["train"]))
     # No step can take more than there are, and every process takes as many.
-    args.batch_size = min(args.batch_size, len(sets["train"]) // world * world)
+    args.batch_size = min(args.batch_size, max(1, len(sets["train"]) // world) * world)
     recipe = recipe | dict(view_size=args.stage1["view_size"])
     counts = sets["train"].labels.bincount()
     classes = len(counts)
@@ -215,10 +215,9 @@ def main():
         epoch, best = checkpoint["epoch"], checkpoint["best"]
 
     same_everywhere(epoch, args.output)
-    batch_size = args.batch_size
-    share = dict(start=epoch * (len(sets["train"]) // batch_size), rank=rank, world=world)
+    share = dict(start=epoch * (len(sets["train"]) // args.batch_size), rank=rank, world=world)
     batches = Batches(
-        sets["train"].labels, batch_size, args.epochs, seed=args.seed, balanced=True, **share
+        sets["train"].labels, args.batch_size, args.epochs, seed=args.seed, balanced=True, **share
     )
     per_epoch, steps = batches.per_epoch, args.epochs * batches.per_epoch
     loading = dict(recipe=recipe, workers=args.workers, device=device)
@@ -259,7 +258,7 @@ def main():
         if rank == 0:
             states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
             save(path, dict(stage=STAGE, args=plain(args), epoch=epoch, best=best, **states))
-        rate = (step + 1 - batches.steps.start) * batch_size / (time.monotonic() - began)
+        rate = (step + 1 - batches.steps.start) * args.batch_size / (time.monotonic() - began)
         values = f"loss {loss.item():.3f}" + (f"  val {accuracy:.2f}" if chosen else "")
         progress.show(
             step + 1, f"classifier, epoch {epoch}/{args.epochs}  {values}  {rate:.0f} pictures/s"

@@ -8,7 +8,6 @@ those of a run that nobody disturbed. Exit code 1 if they are not.
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from conftest import records, states_equal
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -42,21 +42,10 @@ def steps_done(output):
 
 
 def result(output):
-    """Log without rates, and state without paths."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()[1:]]
+    """The log, and the state without what names the run."""
     state = torch.load(output / "checkpoint.pth", weights_only=True)
     state.pop("args")
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines], state
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+    return records(output)[1], state
 
 
 def main():
@@ -89,7 +78,7 @@ def main():
                 sys.exit("steps were lost that a checkpoint had")
         if start(disturbed, args.epochs).wait() != 0:
             sys.exit("the last run failed")
-        same = equal(result(calm), result(disturbed))
+        same = states_equal(result(calm), result(disturbed))
         print(f"{args.kills} kills: {'nothing was lost' if same else 'THE RESULTS DIFFER'}")
         sys.exit(not same)
 

@@ -1,8 +1,10 @@
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,3 +30,23 @@ def imagenet_tree(tmp_path_factory):
                 lines.append(f"{path.relative_to(root)} {label}\n")
         (root / f"ImageNet_LT_{split}.txt").write_text("".join(lines))
     return root
+
+
+def records(output):
+    """The header of a run's log, and its records without their rates."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return lines[0], [
+        {k: v for k, v in line.items() if k != "images_per_second"} for line in lines[1:]
+    ]
+
+
+def states_equal(a, b):
+    """Whether two state dicts, or what they are made of, are equal to the bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return a == b

@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TREE_COUNTS
+from conftest import TREE_COUNTS, records, states_equal
 
 import eval as stage2
 import train
 from data import DATASETS, HERE, Batches, load_dataset
 
 TINY = ["--epochs", "2", "--batch-size", "64", "--patches", "1", "--queue-size", "100"]
+
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def python(*arguments, **options):
@@ -62,24 +65,6 @@ def trained(small_root, tmp_path_factory):
     done = python("eval.py", "--output", output, "--data-root", small_root, "--epochs", 2)
     assert done.returncode == 0, done.stderr
     return output, done.stdout
-
-
-def records(output):
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return lines[0], [
-        {k: v for k, v in line.items() if k != "images_per_second"} for line in lines[1:]
-    ]
-
-
-def states_equal(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(states_equal, a, b))
-    return a == b
 
 
 def checkpoint(output):
@@ -240,10 +225,8 @@ def test_stage_2_goes_on_from_its_last_epoch(trained, small_root, tmp_path, call
 def test_processes_hold_the_same_weights_and_queue_and_their_own_keys_and_views(
     small_root, tmp_path
 ):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1, *TINY[2:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = python(*launch, "tests/ranks.py", *options, env=environment)
+    done = python(*LAUNCH, "tests/ranks.py", *options, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
     assert len(first["queues"]) == 9 and states_equal(first["queues"], second["queues"])
@@ -256,12 +239,12 @@ def test_processes_hold_the_same_weights_and_queue_and_their_own_keys_and_views(
 
 
 def test_when_a_process_dies_the_other_says_so_and_ends(small_root, tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    command = [*LAUNCH, "train.py"]
     command += ["--data-root", small_root, "--output", tmp_path, *TINY[2:]]
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=HERE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
         stderr=subprocess.PIPE,
     )
     while not (tmp_path / "checkpoint.pth").exists():
@@ -285,7 +268,7 @@ def test_two_hosts_meet_at_a_rendezvous(small_root, tmp_path):
         subprocess.Popen(
             [sys.executable, *map(str, command)],
             cwd=HERE,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=ONE_THREAD,
             stderr=subprocess.PIPE,
         )
         for _ in range(2)
@@ -302,12 +285,10 @@ FILES += ["--patches", "1", "--queue-size", "20", "--batch-size", "16"]
 
 
 def test_the_benchmark_trains_resumes_and_evaluates_in_two_processes(imagenet_tree, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = ["--data-root", imagenet_tree, "--output", tmp_path]
-    command = [*launch, "train.py", *FILES, *options, "--epochs", 2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*LAUNCH, "train.py", *FILES, *options, "--epochs", 2]
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=HERE, env=environment, stderr=subprocess.PIPE
+        [sys.executable, *map(str, command)], cwd=HERE, env=ONE_THREAD, stderr=subprocess.PIPE
     )
     while not (tmp_path / "checkpoint.pth").exists():
         assert process.poll() is None, process.stderr.read().decode()
@@ -318,13 +299,13 @@ def test_the_benchmark_trains_resumes_and_evaluates_in_two_processes(imagenet_tr
     assert 2 <= saved["step"] < 4 and saved["args"]["arch"] == "resnet50"  # 2 steps an epoch
     assert saved["queue"]["_extra_state"] == 16 * saved["step"]
     assert len(saved["queue"]["key_slots"]) == 20
-    done = python(*command, env=environment)
+    done = python(*command, env=ONE_THREAD)
     assert done.returncode == 0 and "going on from epoch 1" in done.stderr, done.stderr
     header, steps = records(tmp_path)
     assert [record["step"] for record in steps] == [2, 4]
     assert header["splits"]["val"] == f"8 pictures of {imagenet_tree / 'ImageNet_LT_val.txt'}"
     stage2 = ["eval.py", "--output", tmp_path, "--epochs", 1, "--batch-size", 16, "--workers", 1]
-    done = python(*launch, *stage2, env=environment)  # the data root is the checkpoint's
+    done = python(*LAUNCH, *stage2, env=ONE_THREAD)  # the data root is the checkpoint's
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["counts"] == TREE_COUNTS["train"] and results["many"] is None
@@ -339,18 +320,22 @@ def test_a_picture_that_cannot_be_read_ends_training_with_its_name(imagenet_tree
     broken = root / "train" / "n00000001" / "train_7.JPEG"
     whole = broken.read_bytes()
     options = [*FILES, "--arch", "resnet18", "--data-root", root, "--epochs", 2]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    assert python(*launch, *options, "--output", tmp_path / "a", env=environment).returncode == 0
+    assert (
+        python(*LAUNCH, "train.py", *options, "--output", tmp_path / "a", env=ONE_THREAD).returncode
+        == 0
+    )
     broken.write_bytes(b"no picture")
-    done = python(*launch, *options, "--output", tmp_path / "b", env=environment)
+    done = python(*LAUNCH, "train.py", *options, "--output", tmp_path / "b", env=ONE_THREAD)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if f"error: {broken} cannot be read" in line]
     assert len(said) == 2  # each process says so
     broken.write_bytes(whole)
     stopped_at = checkpoint(tmp_path / "b")["step"]
     assert stopped_at < 4
-    assert python(*launch, *options, "--output", tmp_path / "b", env=environment).returncode == 0
+    assert (
+        python(*LAUNCH, "train.py", *options, "--output", tmp_path / "b", env=ONE_THREAD).returncode
+        == 0
+    )
     assert records(tmp_path / "a")[1] == records(tmp_path / "b")[1]
     assert states_equal(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
 
