@@ -14,6 +14,8 @@ import os
 import sys
 import zipfile
 from contextlib import contextmanager
+from copy import copy
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -680,22 +682,50 @@ class Views(Dataset):
 RATIO = (3 / 4, 4 / 3)  # of the sides of all crops
 
 
-def random_boxes(count, size, scale, device, tries=10):
-    """Random resized crops of a square of `size` pixels: boxes [count, 4] as x1, y1, x2, y2.
+@lru_cache
+def constant(values, device):
+    """A tensor of tuples of numbers, made once: a copy to a GPU would wait for it at every step."""
+    return torch.tensor(values, device=device)
+
+
+class Draws:
+    """Random numbers for the views of pictures, the same in any number of processes.
+
+    Drawn for all `batch_size` pictures of the global batch, of which `rows` are this process's;
+    `copies` of each, one after another, for its patches.
+    """
+
+    def __init__(self, seed, batch_size, rows, device, copies=1):
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.batch_size, self.rows, self.copies, self.device = batch_size, rows, copies, device
+
+    def repeated(self, copies):
+        """The stream goes on, `copies` rows a picture."""
+        draws = copy(self)
+        draws.copies = copies
+        return draws
+
+    def uniform(self, low, high, *shape):
+        """Uniform in [low, high]: [copies * pictures, *shape]."""
+        shape = self.copies, self.batch_size, *shape
+        draw = torch.rand(shape, generator=self.generator, device=self.device)
+        return low + (high - low) * draw[:, self.rows].flatten(0, 1)
+
+
+def random_boxes(draws, size, scale, tries=10):
+    """Random resized crops of a square of `size` pixels: boxes [N, 4] as x1, y1, x2, y2.
 
     As torchvision's RandomResizedCrop, in sub-pixels: area uniform in `scale` of the square, log
     aspect ratio uniform, the first of `tries` that fits, else the whole square; position uniform.
     """
-    draw = torch.rand(tries, 2, count, device=device)
-    area = size**2 * torch.lerp(*(torch.tensor(s, device=device) for s in scale), draw[:, 0])
-    low, high = np.log(RATIO)
-    aspect = (low + (high - low) * draw[:, 1]).exp()
-    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()])  # [2, tries, count]
-    sides = torch.cat([sides, sides.new_full((2, 1, count), size)], dim=1)
-    fits = (sides <= size).all(0).byte().argmax(0)  # the first that fits
-    sides = sides[:, :, None].gather(1, fits.expand(2, 1, 1, count)).view(2, count)
-    corner = torch.rand(2, count, device=device) * (size - sides)
-    return torch.cat([corner, corner + sides]).T
+    area = size**2 * draws.uniform(*scale, tries)  # [N, tries]
+    aspect = draws.uniform(*np.log(RATIO), tries).exp()
+    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=2)  # [N, tries, 2]
+    sides = torch.cat([sides, sides.new_full((len(sides), 1, 2), size)], dim=1)
+    fits = (sides <= size).all(2).byte().argmax(1)  # the first that fits
+    sides = sides.take_along_dim(fits[:, None, None], dim=1).squeeze(1)  # [N, 2]
+    corner = draws.uniform(0, 1, 2) * (size - sides)
+    return torch.cat([corner, corner + sides], dim=1)
 
 
 def crop(images, boxes, size):
@@ -709,17 +739,18 @@ def crop(images, boxes, size):
     return roi_align(images, torch.cat([rows[:, None], boxes], dim=1), size, aligned=True)
 
 
-def random_flip(images):
+def random_flip(images, draws):
     """Mirror each picture with probability 1/2."""
-    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    flip = draws.uniform(0, 1, 1, 1, 1) < 0.5
     return torch.where(flip, images.flip(3), images)
 
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 RGB_TO_YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+YIQ_TO_RGB = tuple(map(tuple, np.linalg.inv(RGB_TO_YIQ).tolist()))
 
 
-def color_matrices(channel_means, jitter, jitter_p=1.0, grey_p=0.0):
+def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
     """Colour jitter and random grey of each picture as one affine map of its pixels: [B, 3, 4].
 
     channel_means [B, 3], pixels in [0, 1]. `jitter` (brightness, contrast, saturation, hue) as in
@@ -727,63 +758,60 @@ def color_matrices(channel_means, jitter, jitter_p=1.0, grey_p=0.0):
     where torchvision's is a shift in HSV; values are clamped once in the end, not at each change.
     """
     count, device = len(channel_means), channel_means.device
-    luma = torch.tensor(LUMA, device=device)
+    luma = constant(LUMA, device)
     identity = torch.eye(3, device=device)
     grey = luma.expand(3, 3)
 
     *strengths, hue = jitter
-    factor = torch.stack(
-        [torch.empty(count, device=device).uniform_(max(0, 1 - s), 1 + s) for s in strengths]
-    )[..., None, None]  # [3, B, 1, 1]
-    angle = 2 * torch.pi * torch.empty(count, device=device).uniform_(-hue, hue)
+    factor = [draws.uniform(max(0, 1 - s), 1 + s, 1, 1) for s in strengths]  # each [B, 1, 1]
+    angle = 2 * torch.pi * draws.uniform(-hue, hue)  # [B]
     rotation = torch.zeros(count, 3, 3, device=device)
     rotation[:, 0, 0] = 1
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 1, 2] = -angle.sin()
     rotation[:, 2, 1] = angle.sin()
-    to_yiq = torch.tensor(RGB_TO_YIQ, device=device)
     changes = torch.stack(
         [
             factor[0] * identity,  # brightness
             factor[1] * identity,  # contrast; its offset depends on what came before
             factor[2] * identity + (1 - factor[2]) * grey,  # saturation
-            torch.linalg.inv(to_yiq) @ rotation @ to_yiq,  # hue
+            constant(YIQ_TO_RGB, device) @ rotation @ constant(RGB_TO_YIQ, device),  # hue
         ]
     )  # [4, B, 3, 3]
 
-    order = torch.rand(count, 4, device=device).argsort(1)
+    order = draws.uniform(0, 1, 4).argsort(1)
     picture = torch.arange(count, device=device)
     unchanged = torch.eye(3, 4, device=device).expand(count, 3, 4)
     matrix = unchanged
     for change in order.T:
         means = (matrix[:, :, :3] @ channel_means[..., None])[..., 0] + matrix[:, :, 3]
-        offset = (1 - factor[1, :, 0]) * (means @ luma)[:, None]  # [B, 1] towards the mean grey
+        offset = (1 - factor[1][:, 0]) * (means @ luma)[:, None]  # [B, 1] towards the mean grey
         offset = torch.where(change[:, None] == 1, offset, 0.0)
         matrix = changes[change, picture] @ matrix
         matrix = torch.cat([matrix[:, :, :3], (matrix[:, :, 3] + offset)[..., None]], dim=2)
 
-    chance = torch.rand(2, count, 1, 1, device=device)
-    matrix = torch.where(chance[0] < jitter_p, matrix, unchanged)
-    return torch.where(chance[1] < grey_p, grey @ matrix, matrix)
+    matrix = torch.where(draws.uniform(0, 1, 1, 1) < jitter_p, matrix, unchanged)
+    return torch.where(draws.uniform(0, 1, 1, 1) < grey_p, grey @ matrix, matrix)
 
 
 def change_colors(images, matrices):
     """Apply color_matrices to float images [B, 1 or 3, H, W] in [0, 1]; returns [B, 3, H, W]."""
-    pixels = images.expand(-1, 3, -1, -1).flatten(2)
+    pixels = images.expand(-1, 3, -1, -1).flatten(2).contiguous()  # else baddbmm is 10x as slow
     changed = torch.baddbmm(matrices[:, :, 3:], matrices[:, :, :3], pixels)
     return changed.clamp_(0, 1).view(len(images), 3, *images.shape[2:])
 
 
-def random_blur(images, probability, sigma=(0.1, 2.0)):
+def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
     """Gaussian blur of each picture with the given probability; sigma uniform, in pixels."""
     if not probability:
         return images
     count, channels, height, width = images.shape
     radius = min(round(3 * sigma[1]), min(height, width) - 1)
-    width_of = torch.empty(count, 1, device=images.device).uniform_(*sigma)
     offsets = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = (-0.5 * (offsets / width_of) ** 2).softmax(1)  # [B, 2 radius + 1], sums to 1
-    chosen = torch.rand(count, 1, device=images.device) < probability
+    kernel = (-0.5 * (offsets / draws.uniform(*sigma, 1)) ** 2).softmax(
+        1
+    )  # [B, 2 radius + 1], sums to 1
+    chosen = draws.uniform(0, 1, 1) < probability
     kernel = torch.where(chosen, kernel, (offsets == 0).to(kernel.dtype))
     kernel = kernel.repeat_interleave(channels, 0)[:, None]  # each plane its own, both ways
     planes = F.pad(images.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
@@ -794,39 +822,38 @@ def random_blur(images, probability, sigma=(0.1, 2.0)):
 
 def normalize(images, recipe):
     """Float images [B, 1 or 3, H, W] in [0, 1] to three standardised channels, channels last."""
-    mean, std = (
-        torch.tensor(recipe[name], device=images.device)[:, None, None] for name in ("mean", "std")
-    )
+    mean, std = (constant(recipe[name], images.device)[:, None, None] for name in ("mean", "std"))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def query_colors(images, recipe):
+def query_colors(images, draws, recipe):
     """Colour changes, blur and normalisation of query views and patches [B, C, H, W] in [0, 1]."""
     matrices = color_matrices(
         images.mean((2, 3)).expand(-1, 3),
+        draws,
         recipe["query_jitter"],
         recipe["query_jitter_p"],
         recipe["grey_p"],
     )
-    return normalize(random_blur(change_colors(images, matrices), recipe["blur_p"]), recipe)
+    return normalize(random_blur(change_colors(images, matrices), draws, recipe["blur_p"]), recipe)
 
 
-def random_view(images, recipe):
+def random_view(images, draws, recipe):
     """uint8 crops [B, C, V, V], or whole pictures to cut, as a view: float [B, C, V, V] in [0, 1].
 
     A random flip, and a random resized crop of what the workers have not cut.
     """
     images = images.float() / 255
     if recipe["cut"] == "device":
-        boxes = random_boxes(len(images), images.shape[-1], recipe["crop_scale"], images.device)
+        boxes = random_boxes(draws, images.shape[-1], recipe["crop_scale"])
         images = crop(images, boxes, recipe["view_size"])
-    return random_flip(images)
+    return random_flip(images, draws)
 
 
 @torch.no_grad()
-def classifier_view(images, recipe):
+def classifier_view(images, draws, recipe):
     """Stage 2's training view [B, 3, V, V] of uint8 images [1, B, C, H, W]; the query's colours."""
-    return query_colors(random_view(images[0], recipe), recipe)
+    return query_colors(random_view(images[0], draws, recipe), draws, recipe)
 
 
 @torch.no_grad()
@@ -836,25 +863,30 @@ def evaluation_view(images, recipe):
 
 
 @torch.no_grad()
-def training_views(query_images, key_images, recipe, patches):
-    """All that a step of stage 1 sees (section 5 of the method).
+def query_views(images, draws, recipe, patches):
+    """What the trained encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut.
 
-    Of uint8 crops [B, C, V, V], or whole pictures [B, C, H, W] to cut them from: query view and key
-    view [B, 3, V, V], `patches` = L boxes a picture in the query view [L, B, 4] in pixels, and
-    these regions as patches [L, B, 3, S, S].
+    The query view [B, 3, V, V], `patches` = L boxes a picture in it [L, B, 4] in pixels, and these
+    regions as patches [L, B, 3, S, S]; None and None without patches (section 5 of the method).
     """
-    query, key = random_view(query_images, recipe), random_view(key_images, recipe)
-    # Boxes are drawn after the query's crop and flip and cut before its colour changes.
-    size = recipe["view_size"]
-    boxes = random_boxes(patches * len(query), size, recipe["patch_scale"], query.device)
-    regions = random_flip(crop(query, boxes, recipe["patch_size"])) if patches else query[:0]
-    key_matrices = color_matrices(key.mean((2, 3)).expand(-1, 3), recipe["key_jitter"])
-    return (
-        query_colors(query, recipe),
-        normalize(change_colors(key, key_matrices), recipe),
-        boxes.unflatten(0, (patches, len(query))),
-        query_colors(regions, recipe).unflatten(0, (patches, len(query))) if patches else None,
-    )
+    view = random_view(images, draws, recipe)
+    boxes = regions = None
+    if patches:
+        # Boxes are drawn after the view's crop and flip and cut before its colour changes.
+        of_patches = draws.repeated(patches)
+        boxes = random_boxes(of_patches, recipe["view_size"], recipe["patch_scale"])
+        regions = random_flip(crop(view, boxes, recipe["patch_size"]), of_patches)
+        regions = query_colors(regions, of_patches, recipe).unflatten(0, (patches, len(view)))
+        boxes = boxes.unflatten(0, (patches, len(view)))
+    return query_colors(view, draws, recipe), boxes, regions
+
+
+@torch.no_grad()
+def key_view(images, draws, recipe):
+    """What the momentum encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut."""
+    view = random_view(images, draws, recipe)
+    matrices = color_matrices(view.mean((2, 3)).expand(-1, 3), draws, recipe["key_jitter"])
+    return normalize(change_colors(view, matrices), recipe)
 
 
 # ------------------------------------------------------------------------- checking a data set

@@ -25,6 +25,7 @@ import train
 from data import (
     BadInput,
     Batches,
+    Draws,
     classifier_view,
     evaluation_view,
     identity,
@@ -36,10 +37,12 @@ from models import build_backbone
 from train import (
     Parser,
     Progress,
+    autocast,
     load,
     load_batches,
     only_lost_pictures,
     plain,
+    precision,
     same_everywhere,
     same_settings,
     save,
@@ -58,14 +61,14 @@ class LinearProbe(nn.Module):
     classifier trains, and so the running statistics follow class-balanced sampling.
     """
 
-    def __init__(self, arch, classes, bn):
+    def __init__(self, arch, classes, bn, amp):
         super().__init__()
         self.backbone, channels = build_backbone(arch)
         self.backbone.requires_grad_(False)
         self.classifier = nn.Linear(channels, classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
-        self.bn = bn
+        self.bn, self.amp = bn, amp
 
     def train(self, mode=True):
         super().train(mode)
@@ -73,9 +76,9 @@ class LinearProbe(nn.Module):
         return self
 
     def forward(self, images):
-        with torch.no_grad():
-            features = self.backbone(images).mean((2, 3))
-        return self.classifier(features)
+        with torch.no_grad(), autocast(images.device, self.amp):
+            feature_map = self.backbone(images)
+        return self.classifier(feature_map.float().mean((2, 3)))
 
 
 def shard(count, rank, world, batch_size=128):
@@ -174,7 +177,7 @@ def main():
         if getattr(args, name) is None:
             setattr(args, name, args.stage1[name])
     args.output = args.output or args.checkpoint.parent
-    args.processes = world
+    args.processes, args.amp = world, precision(args.amp, device)
 
     sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     args.data = identity(sets)
@@ -193,7 +196,7 @@ def main():
     chosen = "val" if reported == "test" and "val" in sets else None
 
     torch.manual_seed(args.seed)
-    model = LinearProbe(args.stage1["arch"], classes, args.bn)
+    model = LinearProbe(args.stage1["arch"], classes, args.bn, args.amp)
     model = model.to(device, memory_format=torch.channels_last)
     backbone = {
         name.removeprefix("backbone."): value
@@ -226,19 +229,22 @@ def main():
         split: load_batches(sets[split], shard(len(sets[split]), rank, world), crops=0, **loading)
         for split in {chosen, reported} - {None}
     }
-    view = classifier_view if args.augment else evaluation_view
     probe = DistributedDataParallel(model) if world > 1 else model
     progress = Progress(steps, batches.steps.start, enabled=rank == 0)
     began = time.monotonic()
     for step, (images, labels) in zip(batches.steps, loader):
-        # Not the stream that drew the classes.
-        torch.manual_seed(seed_from(args.seed, step, 1, rank))
         model.train()
         passed = sum(step >= milestone * steps for milestone in args.milestones)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * 0.1**passed
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        loss = F.cross_entropy(probe(view(images, recipe)), labels)
+        if args.augment:
+            # Not the stream that drew the classes.
+            draws = Draws(seed_from(args.seed, step, 1), args.batch_size, batches.slice, device)
+            views = classifier_view(images, draws, recipe)
+        else:
+            views = evaluation_view(images, recipe)
+        loss = F.cross_entropy(probe(views), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

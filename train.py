@@ -32,12 +32,14 @@ from data import (
     DATASETS,
     BadInput,
     Batches,
+    Draws,
     Views,
     identity,
+    key_view,
     load_dataset,
+    query_views,
     recipe_of,
     seed_from,
-    training_views,
 )
 from losses import dscl_loss, pbsd_loss
 from models import ARCHS, Encoder, MomentumEncoder, Queue, load_pretrained
@@ -111,6 +113,14 @@ class Parser(argparse.ArgumentParser):
             "--seed", type=number(int, 0), default=0, help="seed of everything (default: 0)"
         )
         self.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+        self.add_argument(
+            "--amp",
+            choices=("auto", "off"),
+            default="auto",
+            help="auto runs the networks in bfloat16 where the device computes in it (GPUs from "
+            "Ampere on, CPUs with AVX512_BF16 or AMX); losses and averages stay float32 "
+            "(default: auto)",
+        )
 
     def setting(self, flag, type, text, **options):
         """A flag that wins over the recipe's value of the same name."""
@@ -190,6 +200,20 @@ def start(device):
     return rank, world, torch.device(device)
 
 
+def precision(amp, device):
+    """ "bf16" or "off": what --amp comes to on this device."""
+    if device.type == "cuda":
+        able = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:  # without these instructions bfloat16 is slower than float32; torch < 2.6 cannot tell
+        can = getattr(torch.cpu, "get_capabilities", dict)()
+        able = can.get("avx512_bf16") or can.get("amx_bf16")
+    return "bf16" if amp == "auto" and able else "off"
+
+
+def autocast(device, amp):
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
 def save(path, content, write=torch.save):
     """Write a file beside `path`, then put it in its place: there is always a whole one.
 
@@ -253,7 +277,8 @@ def only_lost_pictures(before, now):
     return before.keys() == now.keys() and all(map(kept, now))
 
 
-HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "save_minutes", "processes"}
+HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
+HARMLESS |= {"processes"}
 
 
 def same_settings(path, before, now):
@@ -395,6 +420,13 @@ def parse_args():
     )
     parser.setting("--temperature", number(float, 0, above=True), "tau of both losses; paper: 0.07")
     parser.add_argument(
+        "--contrast",
+        choices=("global", "local"),
+        default="global",
+        help="DSCL's contrast within the batch: among all processes, so that any number of them "
+        "computes the same, or within each process, as the published code (default: global)",
+    )
+    parser.add_argument(
         "--save-minutes",
         type=number(float, 0),
         default=30,
@@ -432,21 +464,67 @@ class Shuffle:
 
     Normalised with the pictures of its queries, a key could be told by the batch's statistics. The
     order follows from the seed, so that all processes know it. None of it for one process.
+    Of the global batch, `own` are the rows of a process's queries, `others` those of its keys.
     """
 
     def __init__(self, seed, batch_size, rank, world, device):
-        generator = torch.Generator().manual_seed(seed)
-        self.order = torch.randperm(batch_size, generator=generator).to(device)
         share = batch_size // world
-        self.own, self.world = slice(rank * share, (rank + 1) * share), world
+        self.own = self.others = slice(rank * share, (rank + 1) * share)
+        self.order = None
+        if world > 1:
+            generator = torch.Generator().manual_seed(seed)
+            self.order = torch.randperm(batch_size, generator=generator)
+            self.order = self.order.to(device, non_blocking=True)
+            self.others = self.order[self.own]
 
     def spread(self, images):
         """This process's part, in the new order, of everyone's uint8 images [B, C, H, W]."""
-        return gather(images)[self.order[self.own]] if self.world > 1 else images
+        return images if self.order is None else gather(images)[self.others]
 
     def collect(self, keys):
         """Everyone's keys in the order of their pictures, the processes one after another."""
-        return gather(keys)[self.order.argsort()] if self.world > 1 else keys
+        return keys if self.order is None else gather(keys)[self.order.argsort()]
+
+
+def among_all(query, own):
+    """The queries of all processes [B, D], of which this one's, the rows `own`, carry gradient.
+
+    A loss of them all is computed by every process, which adds the gradient at its own queries.
+    """
+    queries = gather(query.detach())
+    world = len(queries) // len(query)
+    if world > 1:  # DDP takes the mean over processes where their sum is due
+        query.register_hook(lambda gradient: gradient * world)
+    return torch.cat([queries[: own.start], query, queries[own.stop :]])
+
+
+def dscl_and_pbsd(
+    model, momentum_encoder, queue, query_view, boxes, patches, key_view, labels, shuffle, args
+):
+    """The method: [total, DSCL] of a batch or, with patches, [total, DSCL, PBSD].
+
+    Views, boxes and patches are those of data.query_views and data.key_view, labels [B]. The keys
+    go into the queue.
+    """
+    query, feature_map, patch = model(query_view, patches)  # z_i, f(x), s_i[j]
+    encoder = getattr(model, "module", model)
+    momentum_encoder.update(encoder)
+    keys = shuffle.collect(momentum_encoder(key_view))
+    key, all_labels = keys[shuffle.own], gather(labels)  # z_i+
+
+    anchors = query, key, labels
+    if args.contrast == "global":
+        anchors = among_all(query, shuffle.own), keys, all_labels
+    bank, bank_labels, tau = queue.keys, queue.labels, args.temperature
+    dscl = dscl_loss(*anchors, bank, bank_labels, alpha=args.alpha, temperature=tau)
+    values = [dscl, dscl]
+    if patches is not None:
+        with torch.no_grad():
+            roi = encoder.embed_regions(feature_map, boxes, query_view.shape[-1])  # c_i[j]
+        pbsd = pbsd_loss(roi, patch, key, bank, temperature=tau)
+        values = [dscl + args.pbsd_weight * pbsd, dscl, pbsd]
+    queue.put(keys, all_labels)
+    return values
 
 
 NOTHING, SAVE, STOP, BROKEN = range(4)  # what a process may have met before a step
@@ -537,6 +615,7 @@ def main():
     classes = None if contrastive else int(train_set.labels.max()) + 1
     encoder = Encoder(args.arch, classes=classes)
     args.processes, args.data = world, identity(sets)
+    args.amp = precision(args.amp, device)
     path, step, changes = args.output / "checkpoint.pth", 0, []
     if args.pretrained != "none" and not path.exists():
         try:
@@ -585,7 +664,10 @@ def main():
             if "held out" in splits.get(split, ""):
                 print(f"{split}: {splits[split]}", file=sys.stderr)
 
-    model = DistributedDataParallel(encoder) if world > 1 else encoder
+    model = encoder
+    if world > 1:
+        options = dict(gradient_as_bucket_view=True, static_graph=True)
+        model = DistributedDataParallel(encoder, **options)
     model.train()
     momentum_encoder.train()
 
@@ -612,38 +694,29 @@ def main():
             states = {name: part.state_dict() for name, part in parts.items()}
             save(path, dict(stage=STAGE, args=plain(args), step=step, sums=rows, **states))
 
-    loader = load_batches(train_set, batches, recipe, 2, args.workers, device)
+    views = 2 if contrastive else 1
+    loader = load_batches(train_set, batches, recipe, views, args.workers, device)
     began, timed, since = time.monotonic(), step, step % per_epoch % LOG_EVERY
     for images, labels in watched(loader, checkpoint, args.save_minutes):
-        # What a step draws follows from (seed, step, rank) alone: no generator state to save.
-        torch.manual_seed(seed_from(args.seed, step, rank))
         lr = learning_rate(step, args, per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-        shuffle = Shuffle(seed_from(args.seed, step), args.batch_size, rank, world, device)
-        query_view, key_view, boxes, patch_views = training_views(
-            images[0], shuffle.spread(images[-1]), recipe, patches
-        )
-        query, feature_map, patch = model(query_view, patch_views)  # z_i, f(x), s_i[j]
-        if contrastive:
-            momentum_encoder.update(encoder)
-            keys = shuffle.collect(momentum_encoder(key_view))
-            key = keys[shuffle.own]  # z_i+
-            bank, bank_labels, tau = queue.keys, queue.labels, args.temperature
-            dscl = dscl_loss(
-                query, key, labels, bank, bank_labels, alpha=args.alpha, temperature=tau
-            )
-            values = [dscl, dscl]
-            if patches:
-                with torch.no_grad():
-                    roi = encoder.embed_regions(feature_map, boxes, recipe["view_size"])  # c_i[j]
-                pbsd = pbsd_loss(roi, patch, key, bank, temperature=tau)
-                values = [dscl + args.pbsd_weight * pbsd, dscl, pbsd]
-            queue.put(keys, gather(labels))
-        else:
-            values = [F.cross_entropy(query, labels)]
+        # All that a step draws follows from (seed, step): there is no generator's state to save.
+        seeds = [seed_from(args.seed, step, stream) for stream in (1, 2, 3)]
+        shuffle = Shuffle(seeds[0], args.batch_size, rank, world, device)
+        draws = Draws(seeds[1], args.batch_size, shuffle.own, device)
+        queries = query_views(images[0], draws, recipe, patches)
+        with autocast(device, args.amp):
+            if contrastive:
+                draws = Draws(seeds[2], args.batch_size, shuffle.others, device)
+                keys = key_view(shuffle.spread(images[-1]), draws, recipe)
+                values = dscl_and_pbsd(
+                    model, momentum_encoder, queue, *queries, keys, labels, shuffle, args
+                )
+            else:
+                values = [F.cross_entropy(model(queries[0])[0], labels)]
 
         values[0].backward()
         optimizer.step()

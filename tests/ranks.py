@@ -14,10 +14,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 
-queues, pictures, boxes, moved, encoders = [], [], [], [], []
+queues, pictures, others, boxes, moved, encoders = [], [], [], [], [], []
 projection = torch.randn(28 * 28, 128, generator=torch.Generator().manual_seed(0))
 
 
+@torch.autocast("cpu", enabled=False)
 def key_of(images):
     return F.normalize(images.flatten(1).float() @ projection, dim=1)
 
@@ -30,7 +31,7 @@ class Encoder(train.Encoder):
 
 class MomentumEncoder(train.MomentumEncoder):
     def forward(self, images):
-        return key_of(pictures[-1][1])
+        return key_of(others[-1])
 
 
 class Queue(train.Queue):
@@ -39,22 +40,26 @@ class Queue(train.Queue):
         queues.append((self.keys.clone(), self.labels.clone()))
 
 
-def training_views(query_images, key_images, *rest, draw=train.training_views):
-    pictures.append((query_images, key_images))
-    views = draw(query_images, key_images, *rest)
-    boxes.append(views[2])
+def query_views(images, *rest, draw=train.query_views):
+    pictures.append(images)
+    views = draw(images, *rest)
+    boxes.append(views[1])
     return views
 
 
-def dscl_loss(query, key, *rest, loss=train.dscl_loss, **options):
-    own, others = (key_of(images) for images in pictures[-1])
-    torch.testing.assert_close(key, own)
-    moved.append((own != others).any(1).float().mean().item())
-    return loss(query, key, *rest, **options)
+def key_view(images, *rest, draw=train.key_view):
+    others.append(images)
+    return draw(images, *rest)
+
+
+def pbsd_loss(roi, patch, key, *rest, loss=train.pbsd_loss, **options):
+    torch.testing.assert_close(key, key_of(pictures[-1]))
+    moved.append((pictures[-1] != others[-1]).flatten(1).any(1).float().mean().item())
+    return loss(roi, patch, key, *rest, **options)
 
 
 train.Encoder, train.MomentumEncoder, train.Queue = Encoder, MomentumEncoder, Queue
-train.training_views, train.dscl_loss = training_views, dscl_loss
+train.query_views, train.key_view, train.pbsd_loss = query_views, key_view, pbsd_loss
 train.main()
 output = Path(sys.argv[sys.argv.index("--output") + 1])
 weights = [parameter.data for parameter in encoders[0].parameters()]

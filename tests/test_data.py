@@ -24,17 +24,19 @@ from data import (
     DATASETS,
     BadInput,
     Batches,
+    Draws,
     change_colors,
     color_matrices,
     crop,
+    key_view,
     load_dataset,
     long_tailed_counts,
     long_tailed_indices,
+    query_views,
     random_blur,
     random_boxes,
     recipe_of,
     shot_groups,
-    training_views,
 )
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
@@ -552,9 +554,13 @@ def test_a_batch_that_cannot_be_made_is_refused(batch_size, world):
 # ----------------------------------------------------------------------------- views and patches
 
 
+def drawn(count, rows=slice(None), seed=0):
+    return Draws(seed, count, rows, "cpu")
+
+
 def test_random_boxes_follow_random_resized_crop():
     torch.manual_seed(0)
-    boxes = random_boxes(20000, 224, (0.08, 1.0), "cpu")
+    boxes = random_boxes(drawn(20000), 224, (0.08, 1.0))
     sides = boxes[:, 2:] - boxes[:, :2]
     area, ratio = sides.prod(1) / 224**2, sides[:, 0] / sides[:, 1]
     assert boxes.min() >= 0 and boxes.max() <= 224.001
@@ -599,7 +605,7 @@ def test_crop_is_a_resize_of_the_box_with_half_pixel_centres():
 
 def test_crop_takes_picture_i_for_box_i():
     pictures = torch.arange(3.0)[:, None, None, None].expand(3, 1, 28, 28)
-    boxes = random_boxes(6, 28, (0.1, 0.5), "cpu")
+    boxes = random_boxes(drawn(6), 28, (0.1, 0.5))
     assert crop(pictures, boxes, 4).mean((1, 2, 3)).tolist() == pytest.approx([0, 1, 2, 0, 1, 2])
 
 
@@ -616,7 +622,7 @@ def test_each_colour_change_is_torchvisions(position, adjust):
     images = 0.3 + 0.3 * torch.rand(6, 3, 16, 16)  # away from the clamps
     jitter = [0.0] * 4
     jitter[position] = 0.3
-    matrices = color_matrices(images.mean((2, 3)), jitter)
+    matrices = color_matrices(images.mean((2, 3)), drawn(6), jitter)
     changed = change_colors(images, matrices)
     for image, matrix, ours in zip(images, matrices, changed):
         factor = (matrix[0, 0] - matrix[1, 0]).item()  # of each of the three changes
@@ -629,7 +635,7 @@ def test_hue_keeps_luma_and_grey_and_turns_red_to_yellow():
     grey, red = torch.full((50, 3, 1, 1), 0.5), torch.zeros(50, 3, 1, 1)
     red[:, 0] = 0.5
     for images in (grey, red):
-        matrices = color_matrices(images.mean((2, 3)), (0, 0, 0, 0.1))
+        matrices = color_matrices(images.mean((2, 3)), drawn(50), (0, 0, 0, 0.1))
         changed = matrices[:, :, :3] @ images[..., 0]
         luma = torch.tensor(data.LUMA) @ changed
         torch.testing.assert_close(
@@ -638,19 +644,20 @@ def test_hue_keeps_luma_and_grey_and_turns_red_to_yellow():
         chroma = (torch.tensor(data.RGB_TO_YIQ)[1:] @ x for x in (changed, images[..., 0]))
         torch.testing.assert_close(*(x.norm(dim=1) for x in chroma), atol=2e-3, rtol=0)
     torch.testing.assert_close(
-        change_colors(grey, color_matrices(grey.mean((2, 3)), (0, 0, 0, 0.1))),
+        change_colors(grey, color_matrices(grey.mean((2, 3)), drawn(50), (0, 0, 0, 0.1))),
         grey,
         atol=5e-3,
         rtol=0,
     )
     # As torchvision's hue in direction: some draws turn red towards yellow, others towards magenta.
-    changed = change_colors(red, color_matrices(red.mean((2, 3)), (0, 0, 0, 0.1)))
+    changed = change_colors(red, color_matrices(red.mean((2, 3)), drawn(50), (0, 0, 0, 0.1)))
     assert (changed[:, 1] > 0.05).any() and (changed[:, 2] > 0.05).any()
 
 
 def test_grey_makes_the_three_channels_the_luma():
     images = torch.rand(5, 3, 4, 4)
-    changed = change_colors(images, color_matrices(images.mean((2, 3)), (0, 0, 0, 0), grey_p=1.0))
+    matrices = color_matrices(images.mean((2, 3)), drawn(5), (0, 0, 0, 0), grey_p=1.0)
+    changed = change_colors(images, matrices)
     for image, ours in zip(images, changed):
         torch.testing.assert_close(ours, TF.rgb_to_grayscale(image, 3), atol=1e-3, rtol=0)
 
@@ -658,9 +665,10 @@ def test_grey_makes_the_three_channels_the_luma():
 def test_probabilities_of_colour_changes():
     torch.manual_seed(0)
     means = torch.rand(4000, 3)
-    unchanged = color_matrices(means, (0.4, 0.4, 0.4, 0.1), jitter_p=0.8) == torch.eye(3, 4)
+    matrices = color_matrices(means, drawn(4000), (0.4, 0.4, 0.4, 0.1), jitter_p=0.8)
+    unchanged = matrices == torch.eye(3, 4)
     assert unchanged.flatten(1).all(1).float().mean().item() == pytest.approx(0.2, abs=0.02)
-    grey = color_matrices(means, (0, 0, 0, 0), grey_p=0.2)
+    grey = color_matrices(means, drawn(4000), (0, 0, 0, 0), grey_p=0.2)
     assert (grey[:, 0] == grey[:, 1]).all(1).float().mean().item() == pytest.approx(0.2, abs=0.02)
 
 
@@ -683,7 +691,7 @@ def test_colours_are_distributed_as_torchvisions(picture, tolerance):
     jitter, jitter_p, grey_p = (recipe[n] for n in ("query_jitter", "query_jitter_p", "grey_p"))
     image = torch.tensor(picture).permute(2, 0, 1).float()
     images = image.expand(1000, -1, -1, -1)
-    matrices = color_matrices(images.mean((2, 3)), jitter, jitter_p, grey_p)
+    matrices = color_matrices(images.mean((2, 3)), drawn(1000), jitter, jitter_p, grey_p)
     ours = change_colors(images, matrices)
     change = transforms.Compose(
         [
@@ -703,22 +711,21 @@ def test_colours_are_distributed_as_torchvisions(picture, tolerance):
 def test_blur_is_torchvisions_gaussian_and_leaves_the_rest():
     torch.manual_seed(0)
     images = torch.rand(40, 3, 32, 32)
-    blurred = random_blur(images, 1.0, sigma=(1.5, 1.5))
+    blurred = random_blur(images, drawn(40), 1.0, sigma=(1.5, 1.5))
     expected = TF.gaussian_blur(images, [9, 9], [1.5, 1.5])
     torch.testing.assert_close(blurred, expected, atol=0.01, rtol=0)
-    some = random_blur(images, 0.5)
+    some = random_blur(images, drawn(40), 0.5)
     same = (some - images).abs().flatten(1).max(1).values < 1e-6
     assert 8 < same.sum() < 32
-    assert random_blur(images, 0.0) is images
+    assert random_blur(images, drawn(40), 0.0) is images
 
 
 def test_patches_are_the_boxes_of_the_query_view_before_its_colours(sets):
-    torch.manual_seed(0)
-    recipe = RECIPE | dict(query_jitter=(0, 0, 0, 0), key_jitter=(0, 0, 0, 0), grey_p=0.0)
+    recipe = RECIPE | dict(query_jitter=(0, 0, 0, 0), grey_p=0.0)
     images = sets["train"].images[::100]
-    query, key, boxes, patches = training_views(images, images, recipe, 5)
+    query, boxes, patches = query_views(images, drawn(len(images)), recipe, 5)
     view, size = recipe["view_size"], recipe["patch_size"]
-    assert query.shape == key.shape == (len(images), 3, view, view)
+    assert query.shape == (len(images), 3, view, view)
     assert boxes.shape == (5, len(images), 4)
     assert patches.shape == (5, len(images), 3, size, size)
     expected = crop(query, boxes.flatten(0, 1), size).view_as(patches)
@@ -727,16 +734,33 @@ def test_patches_are_the_boxes_of_the_query_view_before_its_colours(sets):
     assert (straight | flipped).all() and straight.any() and flipped.any()
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1) / view**2
     assert 0.0499 <= area.min() and area.max() <= 0.6001
-    assert not torch.equal(query, key)
 
 
-def test_views_are_standardised_and_repeat_with_the_seed(sets):
-    images = sets["train"].images[:200]
-    torch.manual_seed(5)
-    first = training_views(images, images, RECIPE, 2)
-    torch.manual_seed(5)
-    for a, b in zip(first, training_views(images, images, RECIPE, 2)):
-        assert torch.equal(a, b)
+def test_views_are_standardised_and_are_there_without_patches(sets):
     whole = data.evaluation_view(sets["train"].images[None], RECIPE)
     assert whole.mean().abs() < 0.1 and (whole.std() - 1).abs() < 0.1
-    assert training_views(images, images, RECIPE, 0)[3] is None
+    images = sets["train"].images[:200]
+    view, boxes, patches = query_views(images, drawn(200), RECIPE, 0)
+    assert view.shape == (200, 3, 20, 20) and boxes is None and patches is None
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(8, 16), torch.arange(24).flip(0)[::3]], ids=["share", "shuffled"]
+)
+@pytest.mark.parametrize("dataset", ["fashion_mnist_lt", "imagenet_lt"])
+def test_a_process_sees_the_views_that_one_process_would_make_of_its_pictures(dataset, rows):
+    recipe = DATASETS[dataset] | dict(view_size=20, patch_size=8)
+    images = torch.randint(256, (24, 3, 20, 20)).byte()
+    whole = query_views(images, drawn(24), recipe, 3)
+    share = query_views(images[rows], drawn(24, rows), recipe, 3)
+    torch.testing.assert_close(share[0], whole[0][rows])
+    torch.testing.assert_close(share[1], whole[1][:, rows])
+    torch.testing.assert_close(share[2], whole[2][:, rows])
+    keys = key_view(images, drawn(24), recipe)
+    torch.testing.assert_close(key_view(images[rows], drawn(24, rows), recipe), keys[rows])
+    again = (
+        query_views(images, drawn(24), recipe, 3),
+        query_views(images, drawn(24, seed=1), recipe, 3),
+    )
+    for first, same, other in zip(whole, *again):
+        assert torch.equal(first, same) and not torch.equal(first, other)

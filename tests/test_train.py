@@ -149,7 +149,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_that_step(
     number, trained, small_root, tmp_path, call, monkeypatch
 ):
     arguments = [*TINY, "--data-root", small_root, "--output", tmp_path]
-    views, calls = train.training_views, []
+    views, calls = train.query_views, []
 
     def interrupted(*inputs):
         calls.append(None)
@@ -157,7 +157,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_that_step(
             os.kill(os.getpid(), number)
         return views(*inputs)
 
-    monkeypatch.setattr(train, "training_views", interrupted)
+    monkeypatch.setattr(train, "query_views", interrupted)
     with pytest.raises(train.Stopped):
         call(train, *arguments)
     assert checkpoint(tmp_path)["step"] == 13
@@ -238,6 +238,35 @@ def test_processes_hold_the_same_weights_and_queue_and_their_own_keys_and_views(
     assert saved["queue"]["_extra_state"] == 9 * 64 and saved["step"] == 9  # the keys of both
 
 
+# BatchNorm in eval mode: in train mode its batches are those of a process.
+FROZEN_NORMS = """
+import torch, train
+torch.nn.BatchNorm2d.train = lambda norm, mode=True: torch.nn.Module.train(norm, False)
+train.run(train.main)
+"""
+
+
+def test_two_processes_compute_what_one_does(small_root, tmp_path):
+    options = ["--data-root", small_root, "--epochs", 1, *TINY[2:], "--amp", "off"]
+    launchers = {
+        "one": [],
+        "two": [*LAUNCH, "--no-python", sys.executable],
+        "local": [*LAUNCH, "--no-python", sys.executable],
+    }
+    runs = {}
+    for name, launcher in launchers.items():
+        contrast = "local" if name == "local" else "global"
+        rest = ["-c", FROZEN_NORMS, *options, "--output", tmp_path / name, "--contrast", contrast]
+        done = python(*launcher, *rest, env=ONE_THREAD)
+        assert done.returncode == 0, done.stderr
+        runs[name] = checkpoint(tmp_path / name), records(tmp_path / name)[1]
+    (one, log), (two, log_of_two), (_, log_of_local) = runs.values()
+    assert log[0]["step"] == 9 and log_of_two[0] == pytest.approx(log[0], rel=1e-4)
+    for name in ("encoder", "momentum_encoder", "queue"):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+    assert abs(log_of_local[0]["dscl"] - log[0]["dscl"]) > 0.01
+
+
 def test_when_a_process_dies_the_other_says_so_and_ends(small_root, tmp_path):
     command = [*LAUNCH, "train.py"]
     command += ["--data-root", small_root, "--output", tmp_path, *TINY[2:]]
@@ -255,6 +284,17 @@ def test_when_a_process_dies_the_other_says_so_and_ends(small_root, tmp_path):
     assert process.returncode != 0
     assert "train.py: error: the connection to another process failed" in said
     assert "goes on from the last checkpoint" in said and checkpoint(tmp_path)["step"] % 9 == 0
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        first = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+        done = python("train.py", "--output", tmp_path, env=os.environ | first)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"port: {port}" in done.stderr and "address already in use" in done.stderr
 
 
 def test_two_hosts_meet_at_a_rendezvous(small_root, tmp_path):
@@ -458,6 +498,7 @@ def fails(capsys, monkeypatch, stage, *arguments):
         (["--device", "abacus"], "--device must be cpu, cuda or auto"),
         (["--data-root", "nowhere"], "nowhere is not a directory: --data-root"),
         (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--output", HERE / "README.md" / "run"], "README.md/run: Not a directory"),
     ],
 )
 def test_stage_1_refuses_bad_flags_in_one_line(arguments, says, capsys, monkeypatch, tmp_path):
