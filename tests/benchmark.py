@@ -2,6 +2,7 @@
 
 python tests/benchmark.py losses        # both losses against a dense implementation
 python tests/benchmark.py losses --device cuda
+python tests/benchmark.py step          # a training step against the networks alone
 python tests/benchmark.py input         # pictures a second of one data loading process
 python tests/benchmark.py cost          # FLOPs and memory of a picture, by data set
 """
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +30,8 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import ImageFiles, read_index, recipe_of
 from losses import dscl_loss, pbsd_loss
-from models import Encoder
-from train import load_batches
+from models import Encoder, MomentumEncoder, Queue
+from train import Shuffle, autocast, dscl_and_pbsd, load_batches, precision
 
 BATCH, QUEUE, DIM, PATCHES, CLASSES = 256, 65536, 128, 5, 1000
 BATCH_INPUT = 32  # 256 on eight GPUs
@@ -90,38 +92,17 @@ def forward_backward(side, tensors):
     return [value.item() for value in values], query.grad, patch.grad
 
 
-def peak_megabytes(side, device):
-    """Peak memory of one step above its inputs; on the CPU that of a fresh process."""
+def loss_step(side, device):
+    """A step of a side of the losses, and a small one that has torch load its code."""
     tensors = inputs(device)
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        forward_backward(side, tensors)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    unit, scale = 2**20, 1 if sys.platform == "darwin" else 2**10
-    # Threads, matrix multiplication and autograd load their code on a problem of another size.
     small = [t.detach()[..., :64, :].clone() if t.is_floating_point() else t[:64] for t in tensors]
     small[0].requires_grad_(), small[-1].requires_grad_()
-    forward_backward(side, small)
-    if Path("/proc/self/statm").exists():  # what is held now, where the system tells
-        before = (
-            int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / unit
-        )
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / unit
-    forward_backward(side, tensors)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / unit - before
+    return lambda: forward_backward(side, tensors), lambda: forward_backward(side, small)
 
 
 def losses(args):
     # Memory first: a child's peak starts at what its parent holds when it is born.
-    memory = {
-        side: float(
-            subprocess.check_output(
-                [sys.executable, __file__, "peak", side, "--device", args.device]
-            )
-        )
-        for side in SIDES
-    }
+    memory = {side: peak_of(args.device, "losses", side) for side in SIDES}
     tensors = inputs(args.device)
     results = {side: forward_backward(side, tensors) for side in SIDES}
     times = {side: [] for side in SIDES}
@@ -151,6 +132,163 @@ def losses(args):
         dense, ours = results["dense"][index], results["ours"][index]
         difference = ((dense - ours).abs().max() / dense.abs().max()).item()
         print(f"gradient at {name}: largest difference {difference:.0e} of the largest entry")
+
+
+# ---------------------------------------------------------------------------------------- step
+
+
+RECIPES = {"fashion_mnist_lt": {}, "imagenet_lt": {"batch_size": 8}}  # a CPU's memory and patience
+
+
+class Straightforward:
+    """A step as first written down: five patch passes, an EMA loop, dense losses, contiguous."""
+
+    layout, amp = torch.contiguous_format, "off"
+
+    def __init__(self, args, device):
+        torch.manual_seed(0)
+        self.args, self.device = args, device
+        self.encoder = Encoder(args.arch).to(device, memory_format=self.layout).train()
+        self.momentum_encoder = MomentumEncoder(self.encoder, args.momentum_encoder)
+        self.optimizer = self.make_optimizer(lr=1e-3, momentum=0.9, weight_decay=args.weight_decay)
+        size, dim = args.queue_size, self.encoder.dim
+        self.queue = Queue(size, dim).to(device)
+        for count in torch.arange(size).split(1024):  # at once it would be the peak of memory
+            keys = F.normalize(torch.randn(len(count), dim), dim=1).to(device)
+            self.queue.put(keys, torch.randint(CLASSES, (len(count),)).to(device))
+
+    def make_optimizer(self, **options):
+        return torch.optim.SGD(self.encoder.parameters(), **options)
+
+    def inputs(self, *sizes):
+        args = self.args
+        batch_size, view_size, patch_size = sizes or (
+            args.batch_size,
+            args.view_size,
+            args.patch_size,
+        )
+        images = torch.rand(batch_size, 3, view_size, view_size)
+        patches = torch.rand(args.patches * batch_size, 3, patch_size, patch_size)
+        query, key, patches = (
+            tensor.to(self.device).contiguous(memory_format=self.layout)
+            for tensor in (images, images.flip(3), patches)
+        )
+        boxes = torch.tensor([0.1, 0.2, 0.5, 0.7], device=self.device) * view_size
+        boxes = boxes.expand(args.patches, batch_size, 4)
+        labels = torch.randint(CLASSES, (batch_size,)).to(self.device)
+        return query, boxes, patches.unflatten(0, (args.patches, batch_size)), key, labels
+
+    def loss(self, query_view, boxes, patches, key_view, labels):
+        query, feature_map, _ = self.encoder(query_view)
+        embedded = torch.stack([self.encoder(patch)[0] for patch in patches])
+        with torch.no_grad():
+            m, pairs = (
+                self.args.momentum_encoder,
+                zip(self.momentum_encoder.parameters(), self.encoder.parameters()),
+            )
+            for average, parameter in pairs:
+                average.data = average.data * m + parameter.data * (1 - m)
+            key = self.momentum_encoder(key_view)
+            roi = self.encoder.embed_regions(feature_map, boxes, query_view.shape[-1])
+        bank = self.queue.keys.clone(), self.queue.labels.clone()  # autograd keeps them
+        dscl, pbsd = dense_losses(query, key, labels, *bank, roi, embedded)
+        self.queue.put(key, labels)
+        return dscl + self.args.pbsd_weight * pbsd
+
+    def step(self, *inputs):
+        with autocast(self.device, self.amp):
+            loss = self.loss(*inputs)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Ours(Straightforward):
+    layout = torch.channels_last
+
+    def make_optimizer(self, **options):
+        return torch.optim.SGD(self.encoder.parameters(), fused=True, **options)
+
+    def loss(self, query_view, boxes, patches, key_view, labels):
+        shuffle = Shuffle(0, len(labels), 0, 1, self.device)
+        parts = self.encoder, self.momentum_encoder, self.queue
+        views = query_view, boxes, patches, key_view, labels
+        return dscl_and_pbsd(*parts, *views, shuffle, self.args)[0]
+
+
+class Floor(Ours):
+    """The same networks forward and backward, and nothing else."""
+
+    def step(self, query_view, boxes, patches, key_view, labels):
+        with autocast(self.device, self.amp):
+            query, _, patch = self.encoder(query_view, patches)
+            self.momentum_encoder(key_view)
+        (query.sum() + patch.sum()).backward()
+        self.encoder.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+STEPS = {
+    "straightforward": Straightforward,
+    "ours": Ours,
+    "ours, bfloat16": type("", (Ours,), dict(amp="bf16")),
+    "floor": Floor,
+    "floor, bfloat16": type("", (Floor,), dict(amp="bf16")),
+}
+
+
+def settings_of(name, **changes):
+    """train.py's arguments for a data set's recipe, with a batch for a CPU."""
+    settings = recipe_of(name)["stage1"] | RECIPES[name] | changes
+    return argparse.Namespace(**settings, contrast="global")
+
+
+def step_of(side, args, device):
+    """A step of a side, and a small one that has torch load its code."""
+    part = STEPS[side](args, torch.device(device))
+    inputs, small = part.inputs(), part.inputs(2, 32, 16)
+    return lambda: part.step(*inputs), lambda: part.step(*small)
+
+
+def step(args):
+    device = torch.device(args.device)
+    sides = [side for side in STEPS if precision("auto", device) == "bf16" or "," not in side]
+    print(
+        f"a training step: views given, weights, averages and queue changed; {args.rounds} rounds"
+    )
+    print(f"in turn, median (min to max); {machine(args.device)}")
+    for name in args.recipes:
+        memory = {side: peak_of(args.device, "step", side, name) for side in sides}
+        settings = settings_of(name)
+        steps = {side: step_of(side, settings, args.device)[0] for side in sides}
+        seconds = {side: [] for side in sides}
+        for number in range(args.rounds + 1):  # in turn, so that a machine that drifts is fair
+            for side in sides:
+                began = time.perf_counter()
+                steps[side]()
+                if number:  # the first loads code and makes momentum
+                    seconds[side].append(time.perf_counter() - began)
+        print(
+            f"\n{name}: {settings.arch}, {settings.view_size} pixels, {settings.patches} patches "
+            f"of {settings.patch_size}, batch {settings.batch_size}, K = {settings.queue_size}"
+        )
+        print(f"{'':<17}{'seconds':>25}{'speed':>21}{'over its floor':>21}{'memory':>10}")
+        for side in sides:
+            t = seconds[side]
+            values = f"{statistics.median(t):.4f} ({min(t):.4f} to {max(t):.4f})"
+            line = f"{side:<17}{values:>25}"
+            line += f"{against(seconds['straightforward'], t):>21}"
+            line += f"{against(t, seconds[side.replace('ours', 'floor')]):>21}"
+            print(f"{line}{memory[side]:>7.0f} MB")
+
+
+def against(one, other):
+    """Ratio of two lists of seconds, round by round: median (min to max)."""
+    ratios = sorted(a / b for a, b in zip(one, other))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 # --------------------------------------------------------------------------------------- input
@@ -324,6 +462,33 @@ def cost(args):
     print(f"\nGPU hours: an estimate, for a GPU that sustains {args.teraflops:g} TFLOP/s")
 
 
+def peak_of(device, *what):
+    """Peak memory in MB of one step above what is there before it, in a process of its own."""
+    command = [sys.executable, __file__, "peak", *what, "--device", device]
+    return float(subprocess.check_output(command))
+
+
+def peak_megabytes(make, device):
+    """The same in this process. make() gives the step, and a small one to load torch's code."""
+    run, warm_up = make()
+    if device == "cuda":
+        warm_up()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    unit, scale = 2**20, 1 if sys.platform == "darwin" else 2**10
+    warm_up()
+    if Path("/proc/self/statm").exists():  # what is held now, where the system tells
+        before = (
+            int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / unit
+        )
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / unit
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / unit - before
+
+
 def machine(device):
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -343,8 +508,13 @@ def main():
         "losses", help="time and memory of both losses against a dense implementation"
     )
     table.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
-    peak = commands.add_parser("peak", help="peak memory of one side, in MB; what `losses` calls")
-    peak.add_argument("side", choices=SIDES)
+    steps = commands.add_parser("step", help="time and memory of a training step, and its floor")
+    steps.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
+    steps.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    peak = commands.add_parser("peak", help="peak memory of one side, in MB; what others call")
+    peak.add_argument("what", choices=("losses", "step"))
+    peak.add_argument("side", choices=(*SIDES, *STEPS))
+    peak.add_argument("recipe", nargs="?", choices=RECIPES)
     reading = commands.add_parser(
         "input", help="pictures a second of one data loading process against the published pipeline"
     )
@@ -356,11 +526,16 @@ def main():
     counting.add_argument(
         "--teraflops", type=float, default=20, help="that a GPU sustains (default: 20)"
     )
-    for command in (table, peak):
+    for command in (table, steps, peak):
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     if args.command == "peak":
-        print(peak_megabytes(args.side, args.device))
+        make = partial(loss_step, args.side, args.device)
+        if args.what == "step":
+            make = partial(step_of, args.side, settings_of(args.recipe), args.device)
+        print(peak_megabytes(make, args.device))
+    elif args.command == "step":
+        step(args)
     elif args.command == "input":
         input_pipeline(args)
     elif args.command == "cost":

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TREE_COUNTS, records, states_equal
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmark
 import eval as stage2
 import train
 from data import DATASETS, HERE, Batches, load_dataset
@@ -236,6 +238,74 @@ def test_processes_hold_the_same_weights_and_queue_and_their_own_keys_and_views(
     assert len(first["moved"]) == 9 and min(first["moved"] + second["moved"]) > 0.5
     saved = checkpoint(tmp_path)
     assert saved["queue"]["_extra_state"] == 9 * 64 and saved["step"] == 9  # the keys of both
+
+
+class HostReads(TorchDispatchMode):
+    """Notes how many steps had begun whenever the host reads a tensor's value."""
+
+    operations = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+
+    def __init__(self, begun):
+        super().__init__()
+        self.begun, self.seen = begun, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.operations:
+            self.seen.append(len(self.begun))
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_reads_a_value_back_and_all_pictures_are_channels_last(
+    small_root, tmp_path, call, monkeypatch
+):
+    views, conv, begun, layouts = train.query_views, torch.nn.Conv2d.forward, [], set()
+
+    def beginning(*inputs):
+        begun.append(None)
+        return views(*inputs)
+
+    def watched(module, images):
+        layouts.add(images.is_contiguous(memory_format=torch.channels_last))
+        return conv(module, images)
+
+    monkeypatch.setattr(train, "query_views", beginning)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    with HostReads(begun) as reads:
+        call(train, *TINY, "--data-root", small_root, "--output", tmp_path)
+    assert len(begun) == 18 and layouts == {True}
+    assert {9, 18} <= set(reads.seen) <= {0, 9, 18}  # set-up, and the log at the epochs' ends
+
+
+def test_bfloat16_is_chosen_where_the_processor_computes_in_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for able in ("avx512_bf16", "amx_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+        assert train.precision("auto", cpu) == "bf16" and train.precision("off", cpu) == "off"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert train.precision("auto", cpu) == "off"
+
+
+def test_in_bfloat16_the_losses_are_those_of_float32_but_for_its_rounding():
+    values = []
+    for amp in ("off", "bf16"):
+        part = benchmark.Ours(benchmark.settings_of("fashion_mnist_lt"), torch.device("cpu"))
+        with train.autocast(torch.device("cpu"), amp):
+            values.append(part.loss(*part.inputs()))
+        values[-1].backward()
+        assert all(p.grad.dtype == torch.float32 for p in part.encoder.parameters())
+    assert values[0] != values[1] and values[1].dtype == torch.float32
+    torch.testing.assert_close(values[1], values[0], rtol=0.01, atol=0)
+
+
+def test_the_memory_of_a_step_does_not_grow_with_the_queue():
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import benchmark\n"
+        "args = benchmark.settings_of('imagenet_lt', queue_size=int(sys.argv[1]), view_size=64)\n"
+        "print(benchmark.peak_megabytes(lambda: benchmark.step_of('ours', args, 'cpu'), 'cpu'))"
+    )
+    small, large = (float(python("-c", code, size).stdout) for size in (65536, 2**20))
+    # Above the queue itself, 512 MB, which is there before; one [88, K] matrix has 352 MB.
+    assert large - small < 100
 
 
 # BatchNorm in eval mode: in train mode its batches are those of a process.
