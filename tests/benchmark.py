@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import ImageFiles, read_index, recipe_of
+from data import Draws, ImageFiles, key_view, load_dataset, query_views, read_index, recipe_of
 from losses import dscl_loss, pbsd_loss
 from models import Encoder, MomentumEncoder, Queue
 from train import Shuffle, autocast, dscl_and_pbsd, load_batches, precision
@@ -87,9 +87,13 @@ def forward_backward(side, tensors):
     query.grad = patch.grad = None
     values = SIDES[side](*tensors)
     sum(values).backward()
-    if query.is_cuda:
-        torch.cuda.synchronize()
+    wait(query.device)
     return [value.item() for value in values], query.grad, patch.grad
+
+
+def wait(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def loss_step(side, device):
@@ -162,11 +166,8 @@ class Straightforward:
 
     def inputs(self, *sizes):
         args = self.args
-        batch_size, view_size, patch_size = sizes or (
-            args.batch_size,
-            args.view_size,
-            args.patch_size,
-        )
+        recipe = args.batch_size, args.view_size, args.patch_size
+        batch_size, view_size, patch_size = sizes or recipe
         images = torch.rand(batch_size, 3, view_size, view_size)
         patches = torch.rand(args.patches * batch_size, 3, patch_size, patch_size)
         query, key, patches = (
@@ -178,18 +179,15 @@ class Straightforward:
         labels = torch.randint(CLASSES, (batch_size,)).to(self.device)
         return query, boxes, patches.unflatten(0, (args.patches, batch_size)), key, labels
 
-    def loss(self, query_view, boxes, patches, key_view, labels):
-        query, feature_map, _ = self.encoder(query_view)
+    def loss(self, view, boxes, patches, view_of_key, labels):
+        query, feature_map, _ = self.encoder(view)
         embedded = torch.stack([self.encoder(patch)[0] for patch in patches])
+        averages, m = self.momentum_encoder.parameters(), self.args.momentum_encoder
         with torch.no_grad():
-            m, pairs = (
-                self.args.momentum_encoder,
-                zip(self.momentum_encoder.parameters(), self.encoder.parameters()),
-            )
-            for average, parameter in pairs:
+            for average, parameter in zip(averages, self.encoder.parameters()):
                 average.data = average.data * m + parameter.data * (1 - m)
-            key = self.momentum_encoder(key_view)
-            roi = self.encoder.embed_regions(feature_map, boxes, query_view.shape[-1])
+            key = self.momentum_encoder(view_of_key)
+            roi = self.encoder.embed_regions(feature_map, boxes, view.shape[-1])
         bank = self.queue.keys.clone(), self.queue.labels.clone()  # autograd keeps them
         dscl, pbsd = dense_losses(query, key, labels, *bank, roi, embedded)
         self.queue.put(key, labels)
@@ -201,8 +199,7 @@ class Straightforward:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(self.device)
 
 
 class Ours(Straightforward):
@@ -211,24 +208,22 @@ class Ours(Straightforward):
     def make_optimizer(self, **options):
         return torch.optim.SGD(self.encoder.parameters(), fused=True, **options)
 
-    def loss(self, query_view, boxes, patches, key_view, labels):
-        shuffle = Shuffle(0, len(labels), 0, 1, self.device)
+    def loss(self, *inputs):
+        shuffle = Shuffle(0, self.args.batch_size, 0, 1, self.device)
         parts = self.encoder, self.momentum_encoder, self.queue
-        views = query_view, boxes, patches, key_view, labels
-        return dscl_and_pbsd(*parts, *views, shuffle, self.args)[0]
+        return dscl_and_pbsd(*parts, *inputs, shuffle, self.args)[0]
 
 
 class Floor(Ours):
     """The same networks forward and backward, and nothing else."""
 
-    def step(self, query_view, boxes, patches, key_view, labels):
+    def step(self, view, boxes, patches, view_of_key, labels):
         with autocast(self.device, self.amp):
-            query, _, patch = self.encoder(query_view, patches)
-            self.momentum_encoder(key_view)
+            query, _, patch = self.encoder(view, patches)
+            self.momentum_encoder(view_of_key)
         (query.sum() + patch.sum()).backward()
         self.encoder.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(self.device)
 
 
 STEPS = {
@@ -244,6 +239,24 @@ def settings_of(name, **changes):
     """train.py's arguments for a data set's recipe, with a batch for a CPU."""
     settings = recipe_of(name)["stage1"] | RECIPES[name] | changes
     return argparse.Namespace(**settings, contrast="global")
+
+
+def views_of(name, args, device):
+    """Makes all views of a batch."""
+    recipe = recipe_of(name) | vars(args)
+    if recipe["cut"] == "device":
+        images = load_dataset(name)["train"].images[: args.batch_size].to(device)
+    else:
+        size = args.batch_size, 3, args.view_size, args.view_size
+        images = torch.randint(256, size, dtype=torch.uint8, device=device)
+
+    def make():
+        draws = Draws(0, len(images), slice(None), device)
+        query_views(images, draws, recipe, args.patches)
+        key_view(images, draws, recipe)
+        wait(device)
+
+    return make
 
 
 def step_of(side, args, device):
@@ -264,11 +277,12 @@ def step(args):
         memory = {side: peak_of(args.device, "step", side, name) for side in sides}
         settings = settings_of(name)
         steps = {side: step_of(side, settings, args.device)[0] for side in sides}
-        seconds = {side: [] for side in sides}
+        steps["views"] = views_of(name, settings, args.device)
+        seconds = {side: [] for side in steps}
         for number in range(args.rounds + 1):  # in turn, so that a machine that drifts is fair
-            for side in sides:
+            for side, run in steps.items():
                 began = time.perf_counter()
-                steps[side]()
+                run()
                 if number:  # the first loads code and makes momentum
                     seconds[side].append(time.perf_counter() - began)
         print(
@@ -283,6 +297,7 @@ def step(args):
             line += f"{against(seconds['straightforward'], t):>21}"
             line += f"{against(t, seconds[side.replace('ours', 'floor')]):>21}"
             print(f"{line}{memory[side]:>7.0f} MB")
+        print(f"making the views took {statistics.median(seconds['views']):.4f} s besides")
 
 
 def against(one, other):
