@@ -2,6 +2,7 @@
 
     python eval.py                                                 # after python train.py
     python eval.py --checkpoint runs/mine/checkpoint.pth           # any run of train.py
+    python eval.py --checkpoint runs/{a,b,c}/checkpoint.pth --output runs/abc  # their mean
     torchrun --nproc_per_node=8 eval.py --output runs/imagenet_lt  # several GPUs
 
 Chooses the epoch on val, reports on test by many/medium/few-shot classes; without a val split the
@@ -33,7 +34,7 @@ from data import (
     seed_from,
     shot_groups,
 )
-from models import build_backbone
+from models import Encoder
 from train import (
     Parser,
     Progress,
@@ -54,31 +55,40 @@ from train import (
 STAGE = "DSCL + PBSD, stage 2"
 
 
-class LinearProbe(nn.Module):
-    """A linear classifier on the mean of a frozen backbone's last feature map: logits [B, classes].
+class LinearProbes(nn.Module):
+    """Linear classifiers on frozen backbones, one for every expert of every run of stage 1.
 
-    bn="eval" uses the running statistics of stage 1; "train" normalises by the batch while the
-    classifier trains, and so the running statistics follow class-balanced sampling.
+    On the mean of the expert's last feature map. `runs` are the arguments of the runs; bn="eval"
+    uses the running statistics of stage 1; "train" normalises by the batch while the classifiers
+    train, and so the running statistics follow class-balanced sampling.
     """
 
-    def __init__(self, arch, classes, bn, amp):
+    def __init__(self, runs, classes, bn, amp, seed):
         super().__init__()
-        self.backbone, channels = build_backbone(arch)
-        self.backbone.requires_grad_(False)
-        self.classifier = nn.Linear(channels, classes)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        self.encoders = nn.ModuleList()
+        for run in runs:
+            torch.manual_seed(seed)  # a classifier starts as it would alone
+            shape = dict(experts=run["experts"], width=run["expert_width"])
+            self.encoders.append(Encoder(run["arch"], classes=classes, **shape))
+        self.requires_grad_(False)
+        for head in self.heads():
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+            head.requires_grad_(True)
         self.bn, self.amp = bn, amp
 
+    def heads(self):
+        return [head for encoder in self.encoders for head in encoder.heads]
+
     def train(self, mode=True):
-        super().train(mode)
-        self.backbone.train(mode and self.bn == "train")
-        return self
+        return super().train(mode and self.bn == "train")
 
     def forward(self, images):
+        """Logits [M, B, classes] of all M experts."""
         with torch.no_grad(), autocast(images.device, self.amp):
-            feature_map = self.backbone(images)
-        return self.classifier(feature_map.float().mean((2, 3)))
+            maps = [encoder.features(images) for encoder in self.encoders]
+        logits = [e.embed([m.float() for m in own]) for e, own in zip(self.encoders, maps)]
+        return torch.cat(logits, dim=1).unflatten(1, (len(self.heads()), -1)).transpose(0, 1)
 
 
 def shard(count, rank, world, batch_size=128):
@@ -91,16 +101,18 @@ def shard(count, rank, world, batch_size=128):
 def count_right(model, loader, recipe, classes, device):
     """Pictures of each class, those whose label ranks first, and among the first five.
 
-    The loader's pictures of all processes together: int64 [3, classes], on the CPU.
+    The loader's pictures of all processes together: int64 [1 + M, 3, classes], on the CPU; by the
+    mean of all logits, then by those of each of the M experts.
     """
     model.eval()
-    tally = torch.zeros(3, classes, dtype=torch.long, device=device)
+    tally = torch.zeros(1 + len(model.heads()), 3, classes, dtype=torch.long, device=device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         logits = model(evaluation_view(images, recipe))
-        hits = logits.topk(min(5, classes)).indices == labels[:, None]  # [B, 5]
-        counted = torch.stack([torch.ones_like(labels), hits[:, 0], hits.any(1)])
-        tally.index_add_(1, labels, counted)
+        logits = torch.cat([logits.mean(0, keepdim=True), logits])  # [1 + M, B, classes]
+        hits = logits.topk(min(5, classes)).indices == labels[:, None]  # [1 + M, B, 5]
+        counted = torch.stack([torch.ones_like(hits[..., 0]), hits[..., 0], hits.any(2)], dim=1)
+        tally.index_add_(2, labels, counted.long())
     if dist.is_initialized():
         dist.all_reduce(tally)
     return tally.cpu()
@@ -147,8 +159,10 @@ def parse_args():
     parser.add_argument(
         "--checkpoint",
         type=Path,
+        nargs="+",
         metavar="FILE",
-        help="checkpoint of train.py (default: OUTPUT/checkpoint.pth)",
+        help="checkpoint of train.py (default: OUTPUT/checkpoint.pth); the logits of several, runs "
+        "that differ in --seed for instance, are averaged",
     )
     parser.setting(
         "--bn",
@@ -163,50 +177,50 @@ def parse_args():
 def main():
     args = parse_args()
     if args.checkpoint is None:
-        args.checkpoint = (
-            args.output or Path("runs") / (args.dataset or train.DEFAULT)
-        ) / "checkpoint.pth"
+        output = args.output or Path("runs") / (args.dataset or train.DEFAULT)
+        args.checkpoint = [output / "checkpoint.pth"]
+    if len(args.checkpoint) > 1 and not args.output:
+        raise BadInput("several checkpoints need an --output of their own")
     rank, world, device = start(args.device)
-    stage1 = load(args.checkpoint, train.STAGE, device)
-    args.stage1 = stage1["args"] | {"step": stage1["step"]}
-    for name in ("dataset", "imbalance"):
-        given, trained = getattr(args, name), args.stage1[name]
-        if given not in (None, trained):
-            raise BadInput(f"{args.checkpoint} was trained with --{name} {trained}, not {given}")
+    stage1 = [load(path, train.STAGE, device) for path in args.checkpoint]
+    args.stage1 = [run["args"] | {"step": run["step"]} for run in stage1]
+    first = args.stage1[0]
+    for path, run in zip(args.checkpoint, args.stage1):
+        for name in ("dataset", "imbalance", "view_size"):
+            given, trained = getattr(args, name, None), run[name]
+            if given not in (None, trained) or trained != first[name]:
+                other = first[name] if given is None else given
+                raise BadInput(f"{path} was trained with --{name} {trained}, not {other}")
     for name in ("dataset", "imbalance", "data_root", "index_dir"):
         if getattr(args, name) is None:
-            setattr(args, name, args.stage1[name])
-    args.output = args.output or args.checkpoint.parent
+            setattr(args, name, first[name])
+    args.output = args.output or args.checkpoint[0].parent
     args.processes, args.amp = world, precision(args.amp, device)
 
     sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     args.data = identity(sets)
-    if not only_lost_pictures(args.stage1["data"], args.data):
-        raise BadInput(
-            f"the pictures in {args.data_root} are not those that {args.checkpoint} was trained "
-            "with: a test on them could be on pictures it has seen"
-        )
+    for path, run in zip(args.checkpoint, args.stage1):
+        if not only_lost_pictures(run["data"], args.data):
+            raise BadInput(
+                f"the pictures in {args.data_root} are not those that {path} was trained with: "
+                "a test on them could be on pictures it has seen"
+            )
     recipe = with_recipe(args, "stage2", len(sets["train"]))
     # No step can take more than there are, and every process takes as many.
     args.batch_size = min(args.batch_size, max(1, len(sets["train"]) // world) * world)
-    recipe = recipe | dict(view_size=args.stage1["view_size"])
+    recipe = recipe | dict(view_size=first["view_size"])
     counts = sets["train"].labels.bincount()
     classes = len(counts)
     reported = "test" if "test" in sets else "val"
     chosen = "val" if reported == "test" and "val" in sets else None
 
-    torch.manual_seed(args.seed)
-    model = LinearProbe(args.stage1["arch"], classes, args.bn, args.amp)
+    model = LinearProbes(args.stage1, classes, args.bn, args.amp, args.seed)
     model = model.to(device, memory_format=torch.channels_last)
-    backbone = {
-        name.removeprefix("backbone."): value
-        for name, value in stage1["encoder"].items()
-        if name.startswith("backbone.")
-    }
-    model.backbone.load_state_dict(backbone)
-    optimizer = torch.optim.SGD(
-        model.classifier.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay
-    )
+    for encoder, run in zip(model.encoders, stage1):
+        backbone = {name: value for name, value in run["encoder"].items() if "head." not in name}
+        encoder.load_state_dict(encoder.state_dict() | backbone)
+    heads = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(heads, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
     path, epoch, best = args.output / "classifier.pth", 0, {"accuracy": -1.0}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -244,7 +258,8 @@ def main():
             views = classifier_view(images, draws, recipe)
         else:
             views = evaluation_view(images, recipe)
-        loss = F.cross_entropy(probe(views), labels)
+        # The sum: a classifier trains as it would alone.
+        loss = sum(F.cross_entropy(logits, labels) for logits in probe(views))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -258,24 +273,27 @@ def main():
         accuracy = epoch  # without val the last epoch is the best
         if chosen:
             tally = count_right(model, shards[chosen], recipe, classes, device)
-            accuracy = metrics(tally, counts)["all"]
+            accuracy = metrics(tally[0], counts)["all"]
         if accuracy > best["accuracy"]:
             best = dict(accuracy=accuracy, epoch=epoch, model=copy.deepcopy(model.state_dict()))
         if rank == 0:
             states = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
             save(path, dict(stage=STAGE, args=plain(args), epoch=epoch, best=best, **states))
         rate = (step + 1 - batches.steps.start) * args.batch_size / (time.monotonic() - began)
-        values = f"loss {loss.item():.3f}" + (f"  val {accuracy:.2f}" if chosen else "")
+        values = f"loss {loss.item() / len(model.heads()):.3f}"
+        values += f"  val {accuracy:.2f}" if chosen else ""
         progress.show(
             step + 1, f"classifier, epoch {epoch}/{args.epochs}  {values}  {rate:.0f} pictures/s"
         )
 
     # Only now the test set, once, with the epoch that val chose.
     model.load_state_dict(best["model"])
-    frozen = dict(model.backbone.named_parameters())
-    if not all(torch.equal(frozen[name], backbone[name]) for name in frozen):
-        raise RuntimeError("the frozen backbone changed while the classifier trained")
-    results = metrics(count_right(model, shards[reported], recipe, classes, device), counts)
+    for encoder, run in zip(model.encoders, stage1):
+        frozen = [(n, weight) for n, weight in encoder.named_parameters() if "head." not in n]
+        if not all(torch.equal(weight, run["encoder"][n]) for n, weight in frozen):
+            raise RuntimeError("a frozen backbone changed while the classifiers trained")
+    tally = count_right(model, shards[reported], recipe, classes, device)
+    results, *members = (metrics(part, counts) for part in tally)
     if rank > 0:
         return
     results |= dict(
@@ -285,10 +303,13 @@ def main():
         epoch=best["epoch"],
         counts=counts.tolist(),
         classes=sets["train"].names,
+        experts=members if len(members) > 1 else None,
         arguments=plain(args),
     )
     save_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")
     print(table(results, counts))
+    if len(members) > 1:
+        print("its experts alone: " + ", ".join(f"{member['all']:.2f}" for member in members))
     print(
         f"on {reported}, at epoch {best['epoch']}, "
         + (f"chosen on val ({best['accuracy']:.2f})" if chosen else "the last")

@@ -1,6 +1,7 @@
 """What DSCL + PBSD trains: an encoder, its moving average, and the queue of past keys.
 
-Encoder          backbone + projection head: pictures, patches and regions to unit embeddings
+Encoder          backbone + projection head: pictures, patches and regions to unit embeddings;
+                 several experts share the first stages
 MomentumEncoder  its exponential moving average, which makes the keys
 Queue            first-in-first-out memory of keys and labels
 """
@@ -21,18 +22,36 @@ from torchvision.ops import roi_align
 ARCHS = ("resnet_small", "resnet18", "resnet50", "resnet152", "resnext50_32x4d")
 
 
-def build_backbone(arch):
+def build_backbone(arch, width=1.0):
     """A ResNet up to its last feature map, and the channels of that map.
 
-    Module names are torchvision's (conv1, bn1, layer1, ...), so weights move both ways.
+    Module names are torchvision's (conv1, bn1, layer1, ...), so weights move both ways. `width`
+    is a factor to the channels of what experts have of their own, layer3 and layer4.
     """
     if arch == "resnet_small":
-        return resnet_small()
+        return resnet_small(width=width)
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch}")
     resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
+    channels = resnet.fc.in_features
+    if width != 1:
+        stages = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
+
+        class Narrow(torchvision.models.ResNet):
+            def _make_layer(self, block, planes, *rest, **options):
+                planes = round(width * planes) if planes >= 256 else planes
+                return super()._make_layer(block, planes, *rest, **options)
+
+        resnet = Narrow(
+            type(resnet.layer1[0]),
+            [len(stage) for stage in stages],
+            zero_init_residual=True,
+            groups=resnet.groups,
+            width_per_group=resnet.base_width,
+        )
+        channels = round(width * 512) * resnet.layer1[0].expansion
     layers = [(name, m) for name, m in resnet.named_children() if name not in ("avgpool", "fc")]
-    return nn.Sequential(OrderedDict(layers)), resnet.fc.in_features
+    return nn.Sequential(OrderedDict(layers)), channels
 
 
 def load_pretrained(backbone, arch, source):
@@ -59,7 +78,7 @@ def load_pretrained(backbone, arch, source):
         raise ValueError(f"no file of {arch} weights{known} ({reason})") from None
 
 
-def resnet_small(width=32):
+def resnet_small(channels=32, width=1.0):
     """ResNet-8 for pictures of 28 to 32 pixels: 3x3 stem, three residual blocks, stride 4 in all.
 
     The stem strides as well, which buys twice the width of a ResNet-20 (He et al., 2016, section
@@ -74,20 +93,21 @@ def resnet_small(width=32):
             )
         return BasicBlock(inputs, outputs, stride, shortcut)
 
+    last = round(width * 4 * channels)
     backbone = nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False),
-            bn1=nn.BatchNorm2d(width),
+            conv1=nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(channels),
             relu=nn.ReLU(inplace=True),
-            layer1=block(width, width, 1),
-            layer2=block(width, 2 * width, 2),
-            layer3=block(2 * width, 4 * width, 1),
+            layer1=block(channels, channels, 1),
+            layer2=block(channels, 2 * channels, 2),
+            layer3=block(2 * channels, last, 1),
         )
     )
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):  # as torchvision initialises its ResNets
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return backbone, 4 * width
+    return backbone, last
 
 
 class Encoder(nn.Module):
@@ -95,56 +115,84 @@ class Encoder(nn.Module):
 
     arch is one of ARCHS, dim that of the embedding. With `classes` the head is a linear classifier
     and gives its logits instead: the cross-entropy baseline.
+
+    `experts` E share the backbone up to layer2; each has its own layer3, layer4 and head (RIDE,
+    Wang et al., 2021), of `width` times the channels. Their embeddings stand side by side in E dim
+    columns, an expert's in a chunk(E, -1). The first is `backbone` and `head`.
     """
 
-    def __init__(self, arch, dim=128, classes=None):
+    def __init__(self, arch, dim=128, classes=None, experts=1, width=1.0):
         super().__init__()
-        self.backbone, channels = build_backbone(arch)
-        self.dim = classes or dim
-        if classes:
-            self.head = nn.Linear(channels, classes)
-        else:
-            self.head = nn.Sequential(
+        self.backbone, channels = build_backbone(arch, width)
+        self.shared = list(dict(self.backbone.named_children())).index("layer3")
+        self.dim = experts * (classes or dim)
+
+        def head():
+            if classes:
+                return nn.Linear(channels, classes)
+            return nn.Sequential(
                 nn.Linear(channels, channels),
                 nn.ReLU(inplace=True),
                 nn.Linear(channels, dim),
                 UnitLength(),
             )
 
+        self.head = head()
+        self.experts = nn.ModuleList()
+        for _ in range(experts - 1):
+            layers = build_backbone(arch, width)[0][self.shared :]
+            self.experts.append(nn.ModuleDict(dict(layers=layers, head=head())))
+
     def forward(self, images, patches=None):
-        """images [B, 3, H, W] to (embedding [B, dim], feature map [B, channels, h, w], None).
+        """images [B, 3, H, W] to (embedding [B, E dim], E feature maps [B, channels, h, w], None).
 
-        With patches [L, B, 3, S, S] the third is their embeddings [L, B, dim]: one pass for all L
-        patches of the batch. It leaves BatchNorm's running statistics alone, so that these describe
-        whole views.
+        With patches [L, B, 3, S, S] the third is their embeddings [L, B, E dim]: one pass for all
+        L patches of the batch. It leaves BatchNorm's running statistics alone, so that these
+        describe whole views.
         """
-        feature_map = self.backbone(images)
-        embedding = self.embed(feature_map)
+        feature_maps = self.features(images)
+        embedding = self.embed(feature_maps)
         if patches is None:
-            return embedding, feature_map, None
-        with frozen_running_statistics(self.backbone):
-            patch_map = self.backbone(patches.flatten(0, 1))
-        return embedding, feature_map, self.embed(patch_map).unflatten(0, patches.shape[:2])
+            return embedding, feature_maps, None
+        with frozen_running_statistics(self):
+            patch_maps = self.features(patches.flatten(0, 1))
+        return embedding, feature_maps, self.embed(patch_maps).unflatten(0, patches.shape[:2])
 
-    def embed(self, feature_map):
-        """Embedding of the mean over a feature map [N, channels, h, w]: [N, dim]."""
-        return self.head(feature_map.mean((2, 3)))
+    def features(self, images):
+        """The last feature map of every expert."""
+        shared = self.backbone[: self.shared](images)
+        own = self.backbone[self.shared :], *(expert["layers"] for expert in self.experts)
+        return [layers(shared) for layers in own]
 
-    def embed_regions(self, feature_map, boxes, view_size):
-        """Embeddings c_i[j] [L, B, dim] of regions of each picture's feature map: PBSD's teacher.
+    @property
+    def heads(self):
+        """The head of every expert."""
+        return [self.head, *(expert["head"] for expert in self.experts)]
 
-        feature_map [B, channels, h, w] of square views of `view_size` pixels; boxes [L, B, 4] as
-        x1, y1, x2, y2 in pixels of the view. RoIAlign to 2 x 2 bins and their mean.
+    def embed(self, feature_maps):
+        """Embeddings of the mean over each expert's feature map [N, channels, h, w]: [N, E dim]."""
+        embeddings = [head(maps.mean((2, 3))) for head, maps in zip(self.heads, feature_maps)]
+        return torch.cat(embeddings, dim=-1)
+
+    def embed_regions(self, feature_maps, boxes, view_size):
+        """Embeddings c_i[j] [L, B, E dim] of regions of each picture's feature map: the teacher.
+
+        feature_maps: E x [B, channels, h, w] of square views of `view_size` pixels; boxes
+        [L, B, 4] as x1, y1, x2, y2 in pixels of the view. RoIAlign to 2 x 2 bins and their mean.
         """
         count, size, _ = boxes.shape
         rows = torch.arange(size, device=boxes.device, dtype=boxes.dtype).repeat(count)
-        regions = roi_align(
-            feature_map.float(),
-            torch.cat([rows[:, None], boxes.flatten(0, 1)], dim=1),
-            output_size=2,
-            spatial_scale=feature_map.shape[-1] / view_size,
-            aligned=True,
-        )
+        rois = torch.cat([rows[:, None], boxes.flatten(0, 1)], dim=1)
+        regions = [
+            roi_align(
+                feature_map.float(),
+                rois,
+                output_size=2,
+                spatial_scale=feature_map.shape[-1] / view_size,
+                aligned=True,
+            )
+            for feature_map in feature_maps
+        ]
         return self.embed(regions).unflatten(0, (count, size))
 
 

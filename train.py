@@ -178,9 +178,7 @@ def with_recipe(args, stage, pictures):
 
 def plain(args):
     """Arguments as a dict that JSON and torch.load(weights_only=True) take."""
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-    }
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 def start(device):
@@ -408,6 +406,16 @@ def parse_args():
     )
     parser.setting("--pbsd-weight", number(float, 0), "lambda of PBSD, 0 turns it off; paper: 1.5")
     parser.setting("--patches", number(int, 1), "patches L a picture; paper: 5")
+    parser.setting(
+        "--experts",
+        number(int, 1),
+        "experts, which share the first stages; stage 2 averages their logits",
+    )
+    parser.setting(
+        "--expert-width",
+        number(float, 0, 1, above=True),
+        "channels of what experts have of their own, as a share of the backbone's; RIDE: 0.75",
+    )
     parser.setting("--view-size", number(int, 8), "pixels of the views' sides; paper: 224")
     parser.setting("--patch-size", number(int, 4), "pixels of the patches' sides; paper: 64")
     parser.setting(
@@ -504,27 +512,33 @@ def dscl_and_pbsd(
     """The method: [total, DSCL] of a batch or, with patches, [total, DSCL, PBSD].
 
     Views, boxes and patches are those of data.query_views and data.key_view, labels [B]. The keys
-    go into the queue.
+    go into the queue. Every expert has its own embeddings, and so its own losses: their mean.
     """
-    query, feature_map, patch = model(query_view, patches)  # z_i, f(x), s_i[j]
+    query, feature_maps, patch = model(query_view, patches)  # z_i, f(x), s_i[j]
     encoder = getattr(model, "module", model)
     momentum_encoder.update(encoder)
     keys = shuffle.collect(momentum_encoder(key_view))
     key, all_labels = keys[shuffle.own], gather(labels)  # z_i+
+    if patches is not None:
+        with torch.no_grad():
+            roi = encoder.embed_regions(feature_maps, boxes, query_view.shape[-1])  # c_i[j]
 
     anchors = query, key, labels
     if args.contrast == "global":
         anchors = among_all(query, shuffle.own), keys, all_labels
-    bank, bank_labels, tau = queue.keys, queue.labels, args.temperature
-    dscl = dscl_loss(*anchors, bank, bank_labels, alpha=args.alpha, temperature=tau)
-    values = [dscl, dscl]
-    if patches is not None:
-        with torch.no_grad():
-            roi = encoder.embed_regions(feature_map, boxes, query_view.shape[-1])  # c_i[j]
-        pbsd = pbsd_loss(roi, patch, key, bank, temperature=tau)
-        values = [dscl + args.pbsd_weight * pbsd, dscl, pbsd]
+    tau, terms = args.temperature, []
+    dim = encoder.dim // len(encoder.heads)
+    for start in range(0, encoder.dim, dim):
+        own = slice(start, start + dim)  # an expert's columns
+        bank = queue.keys[:, own]
+        embeddings = anchors[0][:, own], anchors[1][:, own], anchors[2], bank, queue.labels
+        terms.append([dscl_loss(*embeddings, alpha=args.alpha, temperature=tau)])
+        if patches is not None:
+            embeddings = roi[..., own], patch[..., own], key[:, own], bank
+            terms[-1].append(pbsd_loss(*embeddings, temperature=tau))
     queue.put(keys, all_labels)
-    return values
+    dscl, *pbsd = (torch.stack(term).mean() for term in zip(*terms))
+    return [dscl + args.pbsd_weight * pbsd[0] if pbsd else dscl, dscl, *pbsd]
 
 
 NOTHING, SAVE, STOP, BROKEN = range(4)  # what a process may have met before a step
@@ -613,13 +627,17 @@ def main():
 
     torch.manual_seed(args.seed)
     classes = None if contrastive else int(train_set.labels.max()) + 1
-    encoder = Encoder(args.arch, classes=classes)
+    shape = dict(classes=classes, experts=args.experts, width=args.expert_width)
+    encoder = Encoder(args.arch, **shape)
     args.processes, args.data = world, identity(sets)
     args.amp = precision(args.amp, device)
     path, step, changes = args.output / "checkpoint.pth", 0, []
     if args.pretrained != "none" and not path.exists():
         try:
             load_pretrained(encoder.backbone, args.arch, args.pretrained)
+            for expert in encoder.experts:
+                own = encoder.backbone[encoder.shared :].state_dict()
+                expert["layers"].load_state_dict(own)
         except ValueError as error:
             raise BadInput(
                 f"--pretrained {args.pretrained}: {error}; give a file, or none"
@@ -716,7 +734,8 @@ def main():
                     model, momentum_encoder, queue, *queries, keys, labels, shuffle, args
                 )
             else:
-                values = [F.cross_entropy(model(queries[0])[0], labels)]
+                logits = model(queries[0])[0].chunk(args.experts, dim=1)
+                values = [torch.stack([F.cross_entropy(own, labels) for own in logits]).mean()]
 
         values[0].backward()
         optimizer.step()

@@ -152,7 +152,8 @@ class Straightforward:
     def __init__(self, args, device):
         torch.manual_seed(0)
         self.args, self.device = args, device
-        self.encoder = Encoder(args.arch).to(device, memory_format=self.layout).train()
+        encoder = Encoder(args.arch, experts=args.experts, width=args.expert_width)
+        self.encoder = encoder.to(device, memory_format=self.layout).train()
         self.momentum_encoder = MomentumEncoder(self.encoder, args.momentum_encoder)
         self.optimizer = self.make_optimizer(lr=1e-3, momentum=0.9, weight_decay=args.weight_decay)
         size, dim = args.queue_size, self.encoder.dim
@@ -180,14 +181,14 @@ class Straightforward:
         return query, boxes, patches.unflatten(0, (args.patches, batch_size)), key, labels
 
     def loss(self, view, boxes, patches, view_of_key, labels):
-        query, feature_map, _ = self.encoder(view)
+        query, feature_maps, _ = self.encoder(view)
         embedded = torch.stack([self.encoder(patch)[0] for patch in patches])
         averages, m = self.momentum_encoder.parameters(), self.args.momentum_encoder
         with torch.no_grad():
             for average, parameter in zip(averages, self.encoder.parameters()):
                 average.data = average.data * m + parameter.data * (1 - m)
             key = self.momentum_encoder(view_of_key)
-            roi = self.encoder.embed_regions(feature_map, boxes, view.shape[-1])
+            roi = self.encoder.embed_regions(feature_maps, boxes, view.shape[-1])
         bank = self.queue.keys.clone(), self.queue.labels.clone()  # autograd keeps them
         dscl, pbsd = dense_losses(query, key, labels, *bank, roi, embedded)
         self.queue.put(key, labels)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import Pictures
-from eval import LinearProbe, count_right, metrics, shard, table
+from eval import LinearProbes, count_right, metrics, shard, table
 from train import load_batches
 
 
@@ -22,11 +22,19 @@ def test_metrics_are_class_means_by_group_and_none_where_a_group_is_empty():
 
 
 class Ranks(torch.nn.Module):
-    """Class c has logit c, but for the class that a picture's first pixel names: that has 2.5."""
+    """Class c has logit c, but for the class that a picture's first pixel names: that has 2.5.
+
+    A second expert is sure of the picture's class, a third as sure of the next one.
+    """
+
+    def heads(self):
+        return [None] * 3
 
     def forward(self, images):
-        logits = torch.arange(8.0).repeat(len(images), 1)
-        return logits.scatter(1, images[:, 0, 0, :1].round().long(), 2.5)
+        named = images[:, 0, 0, :1].round().long()
+        logits = torch.arange(8.0).repeat(len(images), 1).scatter(1, named, 2.5)
+        sure = torch.zeros_like(logits).scatter(1, named, 90)
+        return torch.stack([logits, sure, sure.roll(1, dims=1)])
 
 
 @pytest.mark.parametrize(
@@ -42,24 +50,25 @@ def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size
         batches = shard(len(pictures), rank, world, batch_size)
         loader = load_batches(pictures, batches, recipe, 0, workers, torch.device("cpu"))
         tally += count_right(Ranks(), loader, recipe, 8, torch.device("cpu"))
+    mean, ranks, sure, wrong = tally.tolist()
+    counts = labels.bincount().tolist()
     # 2.5 stands behind 7, 6, 5, 4 and 3, those of them that it has not replaced.
-    assert tally.tolist() == [
-        labels.bincount().tolist(),
-        [0] * 8,
-        [0, 0, 0] + labels.bincount()[3:].tolist(),
-    ]
+    assert ranks == [counts, [0] * 8, [0, 0, 0] + counts[3:]]
+    assert sure == [counts, counts, counts] and wrong[:2] == [counts, [0] * 8]
+    # Between the two that are sure the first decides: 2.5 against the next class's 0 to 7.
+    assert mean == [counts, [*counts[:2], 0, 0, 0, 0, 0, counts[7]], counts]
 
 
 @pytest.mark.parametrize("bn", ["eval", "train"])
 def test_only_the_classifier_trains_and_bn_decides_about_the_statistics(bn):
-    model = LinearProbe("resnet_small", 10, bn).train()
-    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
-    model(torch.randn(8, 3, 28, 28)).sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
-        "classifier.weight",
-        "classifier.bias",
-    ]
-    after = model.backbone.state_dict()
-    moved = any(not torch.equal(after[name], before[name]) for name in before)
+    run = dict(arch="resnet_small", experts=2, expert_width=0.5)
+    model = LinearProbes([run, run], 10, bn, "off", 0).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logits = model(torch.randn(8, 3, 28, 28))
+    assert logits.shape == (4, 8, 10)
+    logits.sum().backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert len(trained) == 8 and all("head." in name for name in trained)
+    moved = any(not torch.equal(value, before[n]) for n, value in model.state_dict().items())
     assert moved == (bn == "train")
-    assert not model.eval().backbone.training
+    assert not any(m.training for m in model.eval().modules())

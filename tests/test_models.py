@@ -72,18 +72,54 @@ def test_embeddings_of_views_patches_and_regions_are_float32_unit_vectors():
     images, patches = torch.randn(4, 3, 28, 28), torch.randn(5, 4, 3, 12, 12)
     boxes = torch.tensor([2.0, 2.0, 20.0, 20.0]).expand(5, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        embedding, feature_map, patch = encoder(images, patches)
-        roi = encoder.embed_regions(feature_map, boxes, 28)
+        embedding, feature_maps, patch = encoder(images, patches)
+        roi = encoder.embed_regions(feature_maps, boxes, 28)
     assert embedding.shape == (4, 128) and patch.shape == roi.shape == (5, 4, 128)
     for rows in (embedding, patch, roi):
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(rows.shape[:-1]))
 
 
+def test_experts_share_the_first_stages_and_have_the_rest_of_their_own():
+    one, three = Encoder("resnet_small"), Encoder("resnet_small", experts=3, width=0.75)
+    assert all(name.startswith(("backbone.", "head.")) for name in one.state_dict())
+    images, patches = torch.randn(4, 3, 28, 28), torch.randn(2, 4, 3, 12, 12)
+    calls = []
+    three.backbone.layer2.register_forward_hook(lambda *inputs: calls.append(None))
+    embedding, feature_maps, patch = three.eval()(images, patches)
+    assert len(calls) == 2 and embedding.shape == (4, 3 * 128) and patch.shape == (2, 4, 3 * 128)
+    assert [maps.shape for maps in feature_maps] == [(4, 96, 7, 7)] * 3  # three quarters of 128
+    alone = Encoder("resnet_small", width=0.75).eval()
+    own = alone.state_dict().keys()
+    for number, expert in enumerate(three.experts, 1):
+        state = {name: value for name, value in three.state_dict().items() if name in own}
+        layers = {
+            f"backbone.{name}": value for name, value in expert["layers"].state_dict().items()
+        }
+        head = {f"head.{name}": value for name, value in expert["head"].state_dict().items()}
+        alone.load_state_dict(state | layers | head)
+        torch.testing.assert_close(alone(images)[0], embedding.chunk(3, dim=1)[number])
+    boxes = torch.tensor([2.0, 2.0, 20.0, 20.0]).expand(2, 4, 4)
+    regions = three.embed_regions(feature_maps, boxes, 28).chunk(3, dim=2)[2]
+    torch.testing.assert_close(alone.embed_regions(feature_maps[2:], boxes, 28), regions)
+
+
+@pytest.mark.parametrize("arch, channels", [("resnet18", 384), ("resnet50", 1536)])
+def test_the_width_narrows_what_experts_have_of_their_own(arch, channels):
+    narrow, given = build_backbone(arch, 0.75)
+    whole, _ = build_backbone(arch)
+    assert given == channels and narrow(torch.zeros(2, 3, 64, 64)).shape == (2, channels, 2, 2)
+    shapes = {name: value.shape for name, value in whole.state_dict().items()}
+    differ = {name for name, value in narrow.state_dict().items() if value.shape != shapes[name]}
+    assert differ and all(name.startswith(("layer3.", "layer4.")) for name in differ)
+    last = [m for name, m in narrow.named_modules() if name.endswith(("bn2", "bn3"))][-1]
+    assert last.weight.eq(0).all()
+
+
 def test_all_patches_go_through_the_backbone_in_one_pass_and_keep_their_places():
     encoder = Encoder("resnet_small").eval()
     sizes = []
-    encoder.backbone.register_forward_hook(
+    encoder.backbone.layer3.register_forward_hook(
         lambda module, inputs, output: sizes.append(len(inputs[0]))
     )
     images, patches = torch.randn(4, 3, 28, 28), torch.randn(5, 4, 3, 12, 12)
@@ -123,7 +159,7 @@ def test_a_region_is_where_its_box_is():
         [[[4.0, 8.0, 16.0, 24.0], [6.5, 5.0, 14.5, 19.0]], [[3.0, 2.5, 25.0, 25.5]] * 2]
     )
     centres = torch.stack([boxes[..., [0, 2]].mean(-1), boxes[..., [1, 3]].mean(-1)], dim=-1)
-    torch.testing.assert_close(encoder.embed_regions(ramp, boxes, view), centres)
+    torch.testing.assert_close(encoder.embed_regions([ramp], boxes, view), centres)
 
 
 def test_momentum_encoder_averages_parameters_and_keeps_its_own_statistics():

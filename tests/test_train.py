@@ -101,7 +101,7 @@ def test_stage_2_reports_on_test_by_shots(trained):
         assert results[name] == pytest.approx(per_class[mask].mean())
     assert results["top1"] == pytest.approx(per_class.mean())  # a balanced test set
     assert results["top1"] <= results["top5"] <= 100 and results["top5"] > 50
-    assert results["arguments"]["stage1"]["epochs"] == 2
+    assert results["arguments"]["stage1"][0]["epochs"] == 2
     assert f"{results['top1']:.2f}" in printed and "many" in printed
 
 
@@ -295,6 +295,30 @@ def test_in_bfloat16_the_losses_are_those_of_float32_but_for_its_rounding():
         assert all(p.grad.dtype == torch.float32 for p in part.encoder.parameters())
     assert values[0] != values[1] and values[1].dtype == torch.float32
     torch.testing.assert_close(values[1], values[0], rtol=0.01, atol=0)
+
+
+def test_the_loss_of_experts_is_the_mean_of_each_ones_own(monkeypatch):
+    seen = {"dscl_loss": [], "pbsd_loss": []}
+    for name, calls in seen.items():
+
+        def watched(*rows, calls=calls, loss=getattr(train, name), **options):
+            calls.append((loss(*rows, **options), rows))
+            return calls[-1][0]
+
+        monkeypatch.setattr(train, name, watched)
+    args = benchmark.settings_of("fashion_mnist_lt", experts=3, queue_size=200)
+    part = benchmark.Ours(args, torch.device("cpu"))
+    total = part.loss(*part.inputs())
+    dscl, pbsd = (torch.stack([value for value, _ in calls]) for calls in seen.values())
+    assert len(dscl) == len(pbsd) == 3 and dscl.unique().numel() == 3
+    torch.testing.assert_close(total, dscl.mean() + args.pbsd_weight * pbsd.mean())
+    for number, (_, rows) in enumerate(seen["dscl_loss"]):  # query, key, labels, bank, its labels
+        assert rows[0].shape == rows[1].shape == (128, 128) and rows[3].shape == (200, 128)
+        assert seen["pbsd_loss"][number][1][3] is rows[3]
+    # The queue has taken each expert's own keys.
+    keys = torch.cat([rows[1] for _, rows in seen["dscl_loss"]], dim=1)
+    newest = torch.arange(200, 328) % 200
+    assert torch.equal(part.queue.keys[newest], keys)
 
 
 def test_the_memory_of_a_step_does_not_grow_with_the_queue():
@@ -530,6 +554,38 @@ def test_results_say_which_split_they_are_of(
     names = None if dataset == "inaturalist18" else [f"class {label}" for label in range(4)]
     assert results["classes"] == names
     assert f"on {reported}, at epoch 1" in said
+
+
+@pytest.mark.parametrize("loss", ["dscl", "ce"])
+def test_experts_train_and_each_is_reported(loss, small_root, tmp_path, call):
+    options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1]
+    call(train, *options, *TINY[2:], "--loss", loss, "--experts", 2, "--expert-width", 0.75)
+    printed = call(stage2, *options).out
+    results = json.loads((tmp_path / "results.json").read_text())
+    first, second = (expert["all"] for expert in results["experts"])
+    assert first != second and f"its experts alone: {first:.2f}, {second:.2f}" in printed
+    content = checkpoint(tmp_path)
+    assert content["queue"]["key_slots"].shape == ((100, 2 * 128) if loss == "dscl" else (0, 20))
+
+
+def test_several_runs_are_averaged_and_each_is_what_it_is_alone(
+    trained, small_root, tmp_path, call, capsys, monkeypatch
+):
+    options, alone = ["--data-root", small_root, "--epochs", 1], []
+    call(train, *TINY, *options[:2], "--seed", 1, "--output", tmp_path / "run")
+    checkpoints = [output / "checkpoint.pth" for output in (trained[0], tmp_path / "run")]
+    for number, path in enumerate(checkpoints):
+        call(stage2, *options, "--checkpoint", path, "--output", tmp_path / str(number))
+        alone.append(json.loads((tmp_path / str(number) / "results.json").read_text()))
+    together = ["--checkpoint", *checkpoints, *options]
+    call(stage2, *together, "--output", tmp_path / "both")
+    both = json.loads((tmp_path / "both" / "results.json").read_text())
+    for own, member in zip(alone, both["experts"]):
+        # 100 pictures a class; sums in another order may turn one that stands on the edge.
+        assert member["per_class"] == pytest.approx(own["per_class"], abs=2)
+        assert own["experts"] is None and both["per_class"] != own["per_class"]
+    assert alone[0]["per_class"] != pytest.approx(alone[1]["per_class"], abs=2)
+    assert "need an --output" in fails(capsys, monkeypatch, stage2, *together)
 
 
 @pytest.mark.parametrize("loss", ["scl", "ce"])
