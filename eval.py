@@ -69,12 +69,12 @@ class LinearProbes(nn.Module):
         for run in runs:
             torch.manual_seed(seed)  # a classifier starts as it would alone
             shape = dict(experts=run["experts"], width=run["expert_width"])
-            self.encoders.append(Encoder(run["arch"], classes=classes, **shape))
-        self.requires_grad_(False)
-        for head in self.heads():
-            nn.init.normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
-            head.requires_grad_(True)
+            encoder = Encoder(run["arch"], classes=classes, **shape).requires_grad_(False)
+            for head in encoder.heads:
+                nn.init.normal_(head.weight, std=0.01)
+                nn.init.zeros_(head.bias)
+                head.requires_grad_(True)
+            self.encoders.append(encoder)
         self.bn, self.amp = bn, amp
 
     def heads(self):

@@ -435,8 +435,39 @@ def input_pipeline(args):
 # ---------------------------------------------------------------------------------------- cost
 
 
+def network_cost(recipe, **shape):
+    """Of a picture: GFLOP of (query and patches, key, stage 2), MB; and the parameters.
+
+    Counted on two; MB is what autograd keeps in float32.
+    """
+    stage1 = recipe["stage1"]
+    encoder = Encoder(stage1["arch"], **shape).to(memory_format=torch.channels_last)
+    views = torch.randn(2, 3, stage1["view_size"], stage1["view_size"])
+    patches = torch.randn(stage1["patches"], 2, 3, stage1["patch_size"], stage1["patch_size"])
+    kept, ours = {}, {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def count(function):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops() / 2e9
+
+    def student():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            embedding, _, patch = encoder(views, patches)
+        (embedding.sum() + patch.sum()).backward()
+
+    with torch.no_grad():
+        key, whole = count(lambda: encoder(views)), count(lambda: encoder.features(views))
+    flops = count(student), key, whole
+    megabytes = sum(size for place, size in kept.items() if place not in ours) / 2e6
+    return flops, megabytes, sum(p.numel() for p in encoder.parameters())
+
+
 def cost(args):
-    """What the networks of a picture cost, counted on a batch of two."""
     print(
         "counted by torch.utils.flop_counter; memory: what autograd keeps in float32, a picture\n"
     )
@@ -446,29 +477,7 @@ def cost(args):
     for name in ("imagenet_lt", "places_lt", "inaturalist18"):
         recipe = recipe_of(name)
         stage1, stage2 = recipe["stage1"], recipe["stage2"]
-        encoder = Encoder(stage1["arch"]).to(memory_format=torch.channels_last)
-        views = torch.randn(2, 3, stage1["view_size"], stage1["view_size"])
-        patches = torch.randn(stage1["patches"], 2, 3, stage1["patch_size"], stage1["patch_size"])
-        kept, ours = {}, {p.untyped_storage().data_ptr() for p in encoder.parameters()}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        def count(function):
-            with FlopCounterMode(display=False) as counter:
-                function()
-            return counter.get_total_flops() / 2e9
-
-        def student():
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                embedding, _, patch = encoder(views, patches)
-            (embedding.sum() + patch.sum()).backward()
-
-        with torch.no_grad():
-            key, whole = count(lambda: encoder(views)), count(lambda: encoder.backbone(views))
-        query = count(student)
-        megabytes = sum(size for place, size in kept.items() if place not in ours) / 2e6
+        (query, key, whole), megabytes, _ = network_cost(recipe)
         seen = recipe["published"]["train"]
         total = seen * (stage1["epochs"] * (query + key) + stage2["epochs"] * whole) * 1e9
         batch = stage1["batch_size"] * megabytes
@@ -476,6 +485,16 @@ def cost(args):
         print(f"{batch:>20,.0f}{batch / 8:>8,.0f}{seen * stage1['epochs']:>16,}", end="")
         print(f"{total / 1e18:>8.2f}{total / (args.teraflops * 3.6e15):>11.1f}")
     print(f"\nGPU hours: an estimate, for a GPU that sustains {args.teraflops:g} TFLOP/s")
+
+    print(f"\n{'':<18}{'experts':>8}{'width':>8}{'parameters':>14}{'GFLOP a picture':>18}", end="")
+    print(f"{'of one wide':>13}{'stage 2':>10}")
+    for name in ("fashion_mnist_lt", "imagenet_lt"):
+        recipe, wide = recipe_of(name), None
+        for experts, width in ((1, 1.0), (1, 0.75), (2, 0.75), (3, 0.75), (3, 1.0)):
+            (query, key, whole), _, parameters = network_cost(recipe, experts=experts, width=width)
+            wide = wide or query + key
+            print(f"{name:<18}{experts:>8}{width:>8}{parameters:>14,}{query + key:>18.3f}", end="")
+            print(f"{(query + key) / wide:>13.2f}{whole:>10.3f}")
 
 
 def peak_of(device, *what):

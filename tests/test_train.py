@@ -571,7 +571,7 @@ def test_experts_train_and_each_is_reported(loss, small_root, tmp_path, call):
 def test_several_runs_are_averaged_and_each_is_what_it_is_alone(
     trained, small_root, tmp_path, call, capsys, monkeypatch
 ):
-    options, alone = ["--data-root", small_root, "--epochs", 1], []
+    options, alone = ["--data-root", small_root, "--epochs", 1, "--lr", 0.5], []
     call(train, *TINY, *options[:2], "--seed", 1, "--output", tmp_path / "run")
     checkpoints = [output / "checkpoint.pth" for output in (trained[0], tmp_path / "run")]
     for number, path in enumerate(checkpoints):
@@ -581,7 +581,7 @@ def test_several_runs_are_averaged_and_each_is_what_it_is_alone(
     call(stage2, *together, "--output", tmp_path / "both")
     both = json.loads((tmp_path / "both" / "results.json").read_text())
     for own, member in zip(alone, both["experts"]):
-        # 100 pictures a class; sums in another order may turn one that stands on the edge.
+        # 100 pictures a class; a sum in another order may turn one that stands on the edge.
         assert member["per_class"] == pytest.approx(own["per_class"], abs=2)
         assert own["experts"] is None and both["per_class"] != own["per_class"]
     assert alone[0]["per_class"] != pytest.approx(alone[1]["per_class"], abs=2)
