@@ -48,6 +48,7 @@ from train import (
     same_settings,
     save,
     save_text,
+    shard,
     start,
     with_recipe,
 )
@@ -89,12 +90,6 @@ class LinearProbes(nn.Module):
             maps = [encoder.features(images) for encoder in self.encoders]
         logits = [e.embed([m.float() for m in own]) for e, own in zip(self.encoders, maps)]
         return torch.cat(logits, dim=1).unflatten(1, (len(self.heads()), -1)).transpose(0, 1)
-
-
-def shard(count, rank, world, batch_size=128):
-    """Batches of every picture of a split, for a loader: this process's part, none twice."""
-    rows = torch.arange(count)[rank::world]
-    return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
 
 
 @torch.no_grad()

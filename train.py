@@ -34,6 +34,7 @@ from data import (
     Batches,
     Draws,
     Views,
+    evaluation_view,
     identity,
     key_view,
     load_dataset,
@@ -41,7 +42,7 @@ from data import (
     recipe_of,
     seed_from,
 )
-from losses import dscl_loss, pbsd_loss
+from losses import dscl_loss, own_key_probability, pbsd_loss
 from models import ARCHS, Encoder, MomentumEncoder, Queue, load_pretrained
 
 DEFAULT = "fashion_mnist_lt"
@@ -80,8 +81,8 @@ class Parser(argparse.ArgumentParser):
             "--imbalance",
             type=number(float, 1),
             metavar="X",
-            help="CIFAR-LT: pictures of the largest class over those of the smallest; the field "
-            "takes 10, 50 and 100 (default: 100)",
+            help="CIFAR and Fashion-MNIST: pictures of the largest class over those of the "
+            "smallest; the field takes 10, 50 and 100 (default: 100)",
         )
         self.add_argument(
             "--workers",
@@ -127,6 +128,8 @@ class Parser(argparse.ArgumentParser):
         default = self.recipe[flag[2:].replace("-", "_")]
         if "choices" not in options:
             options.setdefault("metavar", "N" if isinstance(default, int) else "X")
+        if isinstance(default, tuple):
+            options["nargs"], default = len(default), " ".join(map(str, default))
         self.add_argument(
             flag, type=type, help=f"{text} (recipe of {DEFAULT}: {default})", **options
         )
@@ -161,7 +164,10 @@ def cores():
 
 
 def with_recipe(args, stage, pictures):
-    """Fill every argument that was not given with the data set's recipe, and return that."""
+    """Fill every argument that was not given with the data set's recipe.
+
+    Returns the recipe, with the stage's settings as they are now beside the others.
+    """
     recipe = recipe_of(args.dataset, pictures)
     if args.workers is None:
         args.workers = cores() if recipe["workers"] is None else recipe["workers"]
@@ -173,7 +179,7 @@ def with_recipe(args, stage, pictures):
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.output = args.output or Path("runs") / args.dataset
-    return recipe
+    return recipe | {name: getattr(args, name) for name in recipe[stage]}
 
 
 def plain(args):
@@ -276,7 +282,7 @@ def only_lost_pictures(before, now):
 
 
 HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
-HARMLESS |= {"processes"}
+HARMLESS |= {"processes", "knn_epochs"}
 
 
 def same_settings(path, before, now):
@@ -319,6 +325,26 @@ def load_batches(pictures, batches, recipe, crops, workers, device):
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
+
+
+def shard(count, rank, world, batch_size=128):
+    """Batches of every picture of a split, for a loader: this process's part, none twice."""
+    rows = torch.arange(count)[rank::world]
+    return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
+
+
+@torch.no_grad()
+def embed_all(encoder, pictures, recipe, workers, device):
+    """The backbone's features of a split's pictures, all experts', of unit length: [N, C].
+
+    BatchNorm uses its running statistics; the encoder is left in eval mode.
+    """
+    encoder.eval()
+    batches, features = shard(len(pictures), 0, 1), []
+    for images, _ in load_batches(pictures, batches, recipe, 0, workers, device):
+        maps = encoder.features(evaluation_view(images.to(device, non_blocking=True), recipe))
+        features.append(torch.cat([own.mean((2, 3)) for own in maps], dim=1).float())
+    return F.normalize(torch.cat(features), dim=1)
 
 
 class Progress:
@@ -419,6 +445,12 @@ def parse_args():
     parser.setting("--view-size", number(int, 8), "pixels of the views' sides; paper: 224")
     parser.setting("--patch-size", number(int, 4), "pixels of the patches' sides; paper: 64")
     parser.setting(
+        "--patch-scale",
+        number(float, 0, 1, above=True),
+        "smallest and largest patch, as a share of the query view's area; paper: 0.05 0.6",
+        metavar=("LOW", "HIGH"),
+    )
+    parser.setting(
         "--queue-size",
         number(int, 0),
         "keys K in the queue; more than the training set holds are stale copies of its pictures",
@@ -444,7 +476,14 @@ def parse_args():
     parser.setting(
         "--warmup-epochs", number(int, 0), "epochs in which the learning rate rises to its peak"
     )
+    parser.setting(
+        "--knn-epochs",
+        number(int, 0),
+        "epochs between two looks at what a nearest-neighbour classifier makes of val, 0 for none",
+    )
     args = parser.parse_args()
+    if args.patch_scale and args.patch_scale[0] > args.patch_scale[1]:
+        parser.error("--patch-scale: the smallest comes first")
     args.dataset = args.dataset or DEFAULT
     return args
 
@@ -509,7 +548,7 @@ def among_all(query, own):
 def dscl_and_pbsd(
     model, momentum_encoder, queue, query_view, boxes, patches, key_view, labels, shuffle, args
 ):
-    """The method: [total, DSCL] of a batch or, with patches, [total, DSCL, PBSD].
+    """The method: [total, DSCL] of a batch or, with patches, [total, DSCL, PBSD]; p(z_i+|z_i) [B].
 
     Views, boxes and patches are those of data.query_views and data.key_view, labels [B]. The keys
     go into the queue. Every expert has its own embeddings, and so its own losses: their mean.
@@ -523,22 +562,42 @@ def dscl_and_pbsd(
         with torch.no_grad():
             roi = encoder.embed_regions(feature_maps, boxes, query_view.shape[-1])  # c_i[j]
 
-    anchors = query, key, labels
+    anchors, own_rows = (query, key, labels), slice(None)
     if args.contrast == "global":
-        anchors = among_all(query, shuffle.own), keys, all_labels
-    tau, terms = args.temperature, []
+        anchors, own_rows = (among_all(query, shuffle.own), keys, all_labels), shuffle.own
+    tau, terms, probabilities = args.temperature, [], []
     dim = encoder.dim // len(encoder.heads)
     for start in range(0, encoder.dim, dim):
         own = slice(start, start + dim)  # an expert's columns
         bank = queue.keys[:, own]
         embeddings = anchors[0][:, own], anchors[1][:, own], anchors[2], bank, queue.labels
         terms.append([dscl_loss(*embeddings, alpha=args.alpha, temperature=tau)])
+        probability = own_key_probability(*embeddings[:2], bank, temperature=tau)  # p(z_i+|z_i)
+        probabilities.append(probability[own_rows])
         if patches is not None:
             embeddings = roi[..., own], patch[..., own], key[:, own], bank
             terms[-1].append(pbsd_loss(*embeddings, temperature=tau))
     queue.put(keys, all_labels)
     dscl, *pbsd = (torch.stack(term).mean() for term in zip(*terms))
-    return [dscl + args.pbsd_weight * pbsd[0] if pbsd else dscl, dscl, *pbsd]
+    total = dscl + args.pbsd_weight * pbsd[0] if pbsd else dscl
+    return [total, dscl, *pbsd], torch.stack(probabilities).mean(0)
+
+
+@torch.no_grad()
+def neighbour_accuracy(bank, bank_labels, features, labels, neighbours=10, temperature=0.07):
+    """Balanced accuracy, in percent, of a vote of the nearest rows of a bank; a 0-dim tensor.
+
+    bank [N, C] and features [M, C] of unit length, labels [N] and [M]. A vote weighs
+    exp(cosine / temperature) (Wu et al., 2018).
+    """
+    counts = labels.bincount()
+    right = torch.zeros(len(counts), device=labels.device)
+    for rows, own in zip(features.split(256), labels.split(256)):
+        cosine, nearest = (rows @ bank.T).topk(min(neighbours, len(bank)))
+        votes = rows.new_zeros(len(rows), len(counts))
+        votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
+        right.index_add_(0, own, (votes.argmax(1) == own).float())
+    return 100 * (right / counts).mean()
 
 
 NOTHING, SAVE, STOP, BROKEN = range(4)  # what a process may have met before a step
@@ -618,7 +677,8 @@ def main():
     sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     train_set = sets["train"]
     recipe = with_recipe(args, "stage1", len(train_set))
-    recipe = recipe | dict(view_size=args.view_size, patch_size=args.patch_size)
+    if args.knn_epochs and "val" not in sets:
+        raise BadInput(f"--knn-epochs {args.knn_epochs}: {args.dataset} has no val split; give 0")
     if args.loss == "scl":
         args.alpha = None
     contrastive = args.loss != "ce"
@@ -626,8 +686,8 @@ def main():
     rank, world, device = start(args.device)
 
     torch.manual_seed(args.seed)
-    classes = None if contrastive else int(train_set.labels.max()) + 1
-    shape = dict(classes=classes, experts=args.experts, width=args.expert_width)
+    counts = train_set.labels.bincount()
+    shape = dict(classes=None if contrastive else len(counts), experts=args.experts, width=args.expert_width)
     encoder = Encoder(args.arch, **shape)
     args.processes, args.data = world, identity(sets)
     args.amp = precision(args.amp, device)
@@ -655,7 +715,11 @@ def main():
         encoder=encoder, momentum_encoder=momentum_encoder, queue=queue, optimizer=optimizer
     )
     terms = ["loss", *["dscl"] * contrastive, *["pbsd"] * bool(patches)]
-    sums = torch.zeros(len(terms), device=device)  # of this process, since the last record
+    # p(z_i+|z_i) by class size: from 2^n to less than 2^(n + 1) training pictures.
+    sizes, size_of = counts.log2().long().unique(return_inverse=True)
+    size_of = size_of.to(device)
+    # Of this process since the last record: terms; p(z_i+|z_i) by size, and of how many anchors.
+    sums = torch.zeros(len(terms) + 2 * contrastive * len(sizes), device=device)
     if path.exists():
         saved = load(path, STAGE, device)
         changes = same_settings(path, saved["args"], plain(args))
@@ -712,6 +776,9 @@ def main():
             states = {name: part.state_dict() for name, part in parts.items()}
             save(path, dict(stage=STAGE, args=plain(args), step=step, sums=rows, **states))
 
+    looks = set()  # the steps after which val is looked at
+    if args.knn_epochs:
+        looks = {steps, *range(0, steps, per_epoch * args.knn_epochs)}
     views = 2 if contrastive else 1
     loader = load_batches(train_set, batches, recipe, views, args.workers, device)
     began, timed, since = time.monotonic(), step, step % per_epoch % LOG_EVERY
@@ -730,7 +797,7 @@ def main():
             if contrastive:
                 draws = Draws(seeds[2], args.batch_size, shuffle.others, device)
                 keys = key_view(shuffle.spread(images[-1]), draws, recipe)
-                values = dscl_and_pbsd(
+                values, probability = dscl_and_pbsd(
                     model, momentum_encoder, queue, *queries, keys, labels, shuffle, args
                 )
             else:
@@ -741,24 +808,45 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, since = step + 1, since + 1
-        sums = sums + torch.stack(values).detach()
+        sums[: len(terms)] += torch.stack(values).detach()
+        if contrastive:
+            by_size = sums[len(terms) :].view(2, len(sizes))
+            probability = torch.stack([probability, torch.ones_like(probability)])
+            by_size.index_add_(1, size_of[labels], probability)
 
         if step % per_epoch % LOG_EVERY == 0:
-            now = time.monotonic()
-            means = dict(zip(terms, (everyones_sums().mean(0) / since).tolist()))
+            now, epoch = time.monotonic(), math.ceil(step / per_epoch)
+            means = everyones_sums().mean(0)
+            values = dict(zip(terms, (means[: len(terms)] / since).tolist()))
             if rank == 0:
                 rate = (step - timed) * args.batch_size / (now - began)
-                epoch = math.ceil(step / per_epoch)
                 record = dict(
-                    epoch=epoch, step=step, **means, lr=lr, images_per_second=round(rate, 1)
+                    epoch=epoch, step=step, **values, lr=lr, images_per_second=round(rate, 1)
                 )
+                if contrastive:
+                    total, anchors = means[len(terms) :].view(2, len(sizes))
+                    record["own_key"] = {
+                        2**size: value if value == value else None  # NaN: no anchor of that size
+                        for size, value in zip(sizes.tolist(), (total / anchors).tolist())
+                    }
+                text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+                if step in looks:
+                    with autocast(device, args.amp):
+                        bank, features = (
+                            embed_all(encoder, sets[split], recipe, args.workers, device)
+                            for split in ("train", "val")
+                        )
+                    model.train()
+                    of = train_set.labels.to(device), sets["val"].labels.to(device)
+                    knn = neighbour_accuracy(bank, of[0], features, of[1]).item()
+                    record["knn"] = round(knn, 2)
+                    text += f"  knn {knn:.1f}"
                 print(json.dumps(record), file=log)
-                text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
                 progress.show(
                     step,
                     f"epoch {epoch}/{args.epochs}  {text}  lr {lr:.3f}  {rate:.0f} pictures/s",
                 )
-            sums, since, began, timed = torch.zeros_like(sums), 0, now, step
+            sums, since, began, timed = torch.zeros_like(sums), 0, time.monotonic(), step
         if step % per_epoch == 0:
             checkpoint()
 

@@ -212,7 +212,7 @@ class Ours(Straightforward):
     def loss(self, *inputs):
         shuffle = Shuffle(0, self.args.batch_size, 0, 1, self.device)
         parts = self.encoder, self.momentum_encoder, self.queue
-        return dscl_and_pbsd(*parts, *inputs, shuffle, self.args)[0]
+        return dscl_and_pbsd(*parts, *inputs, shuffle, self.args)[0][0]
 
 
 class Floor(Ours):
@@ -345,7 +345,7 @@ class Published:
         self.files = files
         self.cut = transforms.RandomResizedCrop(recipe["view_size"], recipe["crop_scale"])
         self.patch = transforms.RandomResizedCrop(recipe["patch_size"], recipe["patch_scale"])
-        self.patches = recipe["stage1"]["patches"]
+        self.patches = recipe["patches"]
         colors = recipe["query_jitter"], recipe["query_jitter_p"], recipe["grey_p"]
         self.query_colors = augment(*colors, recipe["blur_p"])
         self.key_colors = augment(recipe["key_jitter"], 1.0, 0.0, 0.0)
@@ -376,7 +376,7 @@ class Decoding(Published):
 
 def input_pipeline(args):
     recipe = recipe_of("imagenet_lt")
-    recipe |= {name: recipe["stage1"][name] for name in ("view_size", "patch_size")}
+    recipe |= recipe["stage1"]
     with tempfile.TemporaryDirectory() as directory:
         directory, generator = Path(directory), np.random.default_rng(0)
         for number in range(64):

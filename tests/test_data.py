@@ -40,7 +40,7 @@ from data import (
 )
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
-RECIPE = DATASETS["fashion_mnist_lt"] | dict(view_size=20, patch_size=8)
+RECIPE = DATASETS["fashion_mnist_lt"] | dict(view_size=20, patch_size=8, patch_scale=(0.05, 0.6))
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_a_missing_or_empty_index_and_an_empty_class_are_named(tmp_path, imagene
             load_dataset("imagenet_lt", imagenet_tree, tmp_path)
     with pytest.raises(BadInput, match="needs --data-root"):
         load_dataset("imagenet_lt")
-    with pytest.raises(BadInput, match="--imbalance is for CIFAR"):
+    with pytest.raises(BadInput, match="--imbalance is for CIFAR and Fashion-MNIST"):
         load_dataset("imagenet_lt", imagenet_tree, imbalance=10)
 
 
@@ -283,6 +283,24 @@ def test_cifar_lt_is_the_fields_subset(imbalance, cifar_files):
     assert (images == whole.data[expected]).all()
     assert labels_of(sets)["test"] == [3] * 10 and labels_of(sets)["train"][0] == 200
     assert len(sets["train"]) == sum(long_tailed_counts(200, 10, 1 / imbalance))
+
+
+@pytest.mark.parametrize("imbalance, largest, smallest", [(1, 247, 247), (10, 607, 60)])
+def test_another_imbalance_has_as_many_pictures_and_none_of_val_and_test(
+    imbalance, largest, smallest, sets
+):
+    other = load_dataset("fashion_mnist_lt", imbalance=imbalance)
+    counts = other["train"].labels.bincount()
+    assert (counts[0], counts[-1]) == (largest, smallest) and 2470 <= counts.sum() <= 2478
+    own = {image.numpy().tobytes() for image in other["train"].images}
+    assert len(own) == counts.sum()  # none twice
+    for split in ("val", "test"):
+        assert torch.equal(other[split].images, sets[split].images)
+        assert not own & {image.numpy().tobytes() for image in sets[split].images}
+    whole = load_dataset("fashion_mnist_lt", imbalance=100)["train"]
+    assert torch.equal(whole.images, sets["train"].images)
+    with pytest.raises(BadInput, match="--imbalance 300 takes .* at most 100"):
+        load_dataset("fashion_mnist_lt", imbalance=300)
 
 
 def test_missing_cifar_files_are_named_with_the_command_that_fetches_them(tmp_path):
@@ -749,7 +767,7 @@ def test_views_are_standardised_and_are_there_without_patches(sets):
 )
 @pytest.mark.parametrize("dataset", ["fashion_mnist_lt", "imagenet_lt"])
 def test_a_process_sees_the_views_that_one_process_would_make_of_its_pictures(dataset, rows):
-    recipe = DATASETS[dataset] | dict(view_size=20, patch_size=8)
+    recipe = DATASETS[dataset] | dict(view_size=20, patch_size=8, patch_scale=(0.05, 0.6))
     images = torch.randint(256, (24, 3, 20, 20)).byte()
     whole = query_views(images, drawn(24), recipe, 3)
     share = query_views(images[rows], drawn(24, rows), recipe, 3)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from data import Pictures
-from eval import LinearProbes, count_right, metrics, shard, table
-from train import load_batches
+from eval import LinearProbes, count_right, metrics, table
+from train import load_batches, shard
 
 
 def test_metrics_are_class_means_by_group_and_none_where_a_group_is_empty():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import bank_attention, dscl_loss, pbsd_loss
+from losses import bank_attention, dscl_loss, own_key_probability, pbsd_loss
 
 
 def unit(*shape, dtype=torch.float64, seed=0):
@@ -256,7 +256,8 @@ def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
     everything = torch.cat([query, contrast])
     logits = query @ everything.T / temperature
     logits[:, :3].fill_diagonal_(-math.inf)
-    own = logits.softmax(1)[:, 3:6].diagonal()
+    own = own_key_probability(query, contrast[:3], contrast[3:], temperature=temperature)
+    close(own, logits.softmax(1)[:, 3:6].diagonal(), 1e-10)
     for i, size in enumerate(sizes):
         expected = 1 / (size + 1) if alpha is None else alpha
         assert own[i].item() == pytest.approx(expected, rel=0.02)

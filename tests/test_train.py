@@ -83,7 +83,9 @@ def test_stage_1_writes_its_log_and_a_plain_checkpoint(trained):
     assert header["arguments"]["epochs"] == 2 and header["arguments"]["alpha"] == 0.1
     assert [r["epoch"] for r in steps] == [1, 2] and steps[-1]["step"] == 18
     for record in steps:
-        assert {"epoch", "step", "loss", "dscl", "pbsd", "lr"} == record.keys()
+        keys = {"epoch", "step", "loss", "dscl", "pbsd", "lr", "own_key"}
+        assert record.keys() - {"knn"} == keys
+        assert ("knn" in record) == (record["step"] == 18)  # every tenth epoch, and the last
         total = record["dscl"] + header["arguments"]["pbsd_weight"] * record["pbsd"]
         assert record["loss"] == pytest.approx(total, rel=1e-5)
     saved = checkpoint(output)
@@ -240,6 +242,31 @@ def test_processes_hold_the_same_weights_and_queue_and_their_own_keys_and_views(
     assert saved["queue"]["_extra_state"] == 9 * 64 and saved["step"] == 9  # the keys of both
 
 
+def test_the_log_tells_the_own_keys_probability_by_class_size(small_root, tmp_path, call):
+    # At temperature 1000 all of an anchor's contrast is equally likely: 63 queries, 64 keys and
+    # what the queue held at each of nine steps.
+    options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1, *TINY[2:]]
+    call(train, *options, "--temperature", 1000)
+    (record,) = records(tmp_path)[1]
+    counts = load_dataset("fashion_mnist_lt", small_root)["train"].labels.bincount().tolist()
+    assert {int(size) for size in record["own_key"]} == {
+        2 ** (count.bit_length() - 1) for count in counts
+    }
+    held = [min(64 * step, 100) for step in range(9)]
+    expected = np.mean([1 / (127 + slots) for slots in held])
+    # The largest class is in every batch as often as in any other, nearly.
+    assert record["own_key"]["128"] == pytest.approx(expected, rel=0.02)
+
+
+def test_nearest_neighbours_vote_by_their_cosine_and_classes_count_alike():
+    bank, bank_labels = torch.eye(4), torch.tensor([0, 1, 1, 2])
+    features = torch.nn.functional.normalize(bank[[0, 0, 1, 2, 3, 3]] + 0.5 * bank[1])
+    labels = torch.tensor([0, 1, 1, 1, 2, 0])
+    for neighbours in (1, 3):  # the nearest weighs more than two others of another class
+        accuracy = train.neighbour_accuracy(bank, bank_labels, features, labels, neighbours)
+        assert accuracy.item() == pytest.approx(100 * (1 / 2 + 2 / 3 + 1) / 3)
+
+
 class HostReads(TorchDispatchMode):
     """Notes how many steps had begun whenever the host reads a tensor's value."""
 
@@ -355,6 +382,8 @@ def test_two_processes_compute_what_one_does(small_root, tmp_path):
         assert done.returncode == 0, done.stderr
         runs[name] = checkpoint(tmp_path / name), records(tmp_path / name)[1]
     (one, log), (two, log_of_two), (_, log_of_local) = runs.values()
+    own_key = log[0].pop("own_key")
+    assert log_of_two[0].pop("own_key") == pytest.approx(own_key, rel=1e-3)
     assert log[0]["step"] == 9 and log_of_two[0] == pytest.approx(log[0], rel=1e-4)
     for name in ("encoder", "momentum_encoder", "queue"):
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
