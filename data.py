@@ -134,6 +134,7 @@ DATASETS = {
         source="npz",
         root=HERE / "tests",
         imbalance=100.0,  # the largest class over the smallest
+        names="T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split(),
         mean=(0.286,) * 3,
         std=(0.353,) * 3,
     ),
@@ -422,7 +423,9 @@ def read_dataset(name, root=None, index_dir=None, imbalance=None, download=False
         raise BadInput(f"--download is for CIFAR, not for {name}")
     root, problems = Path(root), []
     if recipe["source"] == "npz":
-        sets = read_npz(root / f"{name}.npz", imbalance if imbalance != recipe["imbalance"] else None)
+        sets = read_npz(
+            root / f"{name}.npz", imbalance if imbalance != recipe["imbalance"] else None
+        )
     elif recipe["source"] == "cifar":
         sets = read_cifar(name, root, imbalance or recipe["imbalance"], download)
     elif recipe["source"] == "folder":
@@ -484,7 +487,10 @@ def read_npz(path, imbalance=None):
     if imbalance:
         train, more = sets["train"], sets.pop("more")
         classes = len(train.labels.bincount())
-        images, labels = torch.cat([train.images, more.images]), torch.cat([train.labels, more.labels])
+        images, labels = (
+            torch.cat([train.images, more.images]),
+            torch.cat([train.labels, more.labels]),
+        )
         rows = []
         for label, count in enumerate(long_tailed_counts_of(len(train), classes, 1 / imbalance)):
             rows.append((labels == label).nonzero()[:count, 0])

@@ -4,6 +4,8 @@
     python eval.py --checkpoint runs/mine/checkpoint.pth           # any run of train.py
     python eval.py --checkpoint runs/{a,b,c}/checkpoint.pth --output runs/abc  # their mean
     torchrun --nproc_per_node=8 eval.py --output runs/imagenet_lt  # several GPUs
+    python eval.py --plots plots --compare runs/other              # pictures of the results
+    python eval.py --summary runs/*                                # mean and std over seeds
 
 Chooses the epoch on val, reports on test by many/medium/few-shot classes; without a val split the
 last epoch counts, without a test split val is reported. Writes OUTPUT/results.json and
@@ -12,6 +14,8 @@ OUTPUT/classifier.pth; the same command again goes on from there.
 
 import copy
 import json
+import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -19,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +44,7 @@ from train import (
     Parser,
     Progress,
     autocast,
+    embed_all,
     load,
     load_batches,
     only_lost_pictures,
@@ -76,7 +82,7 @@ class LinearProbes(nn.Module):
                 nn.init.zeros_(head.bias)
                 head.requires_grad_(True)
             self.encoders.append(encoder)
-        self.bn, self.amp = bn, amp
+        self.runs, self.bn, self.amp = runs, bn, amp
 
     def heads(self):
         return [head for encoder in self.encoders for head in encoder.heads]
@@ -149,6 +155,444 @@ def table(results, counts):
     return "\n".join(rows)
 
 
+# ------------------------------------------------------------------------- summary of several runs
+
+
+def read_results(run):
+    """The results.json of a run's directory; BadInput if there is none."""
+    path = run / "results.json"
+    try:
+        results = json.loads(path.read_text())
+        return results | dict(stage1=results["arguments"].pop("stage1"))
+    except (OSError, ValueError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise BadInput(f"{path} cannot be read ({reason}): run eval.py on it first") from None
+
+
+def settings_of(results):
+    """What may change the results of a run, seeds left out: {name: value}, stage 2's marked."""
+    runs = [set(run) for run in results["stage1"]]
+    names = set.union(*runs) - train.HARMLESS - {"seed", "data", "step"} | {"amp"}
+    settings = {"runs": len(runs)}
+    for name in sorted(names):
+        values = {json.dumps(run.get(name)) for run in results["stage1"]}
+        settings[name] = ", ".join(sorted(values)).strip('"')
+    same = train.HARMLESS | {"seed", "data", "checkpoint", "dataset", "imbalance"}
+    for name in sorted(results["arguments"].keys() - same):
+        settings[f"stage 2 {name}"] = json.dumps(results["arguments"][name]).strip('"')
+    return settings
+
+
+def summary(runs):
+    """A table of runs, those that differ in seed alone in one row: mean and standard deviation."""
+    groups = {}
+    finished = [run for run in runs if (run / "results.json").exists()]
+    if len(finished) < len(runs):
+        print(f"{len(runs) - len(finished)} of {len(runs)} have no results yet", file=sys.stderr)
+    for results in map(read_results, finished or runs):
+        groups.setdefault(tuple(settings_of(results).items()), []).append(results)
+    names = dict.fromkeys(name for key in groups for name, _ in key)
+    values = {name: [dict(key).get(name, "-") for key in groups] for name in names}
+    differing = {name: v for name, v in values.items() if len(set(v)) > 1}
+    columns = {name: list(map(str, column)) for name, column in differing.items()}
+    columns["seeds"] = [str(len(members)) for members in groups.values()]
+    for name in ("many", "medium", "few", "all"):
+        columns[name] = [mean_and_std([r[name] for r in own]) for own in groups.values()]
+    widths = {name: max(map(len, [name, *column])) for name, column in columns.items()}
+    rows = zip(*([name, *column] for name, column in columns.items()))
+    lines = ["  ".join(v.rjust(w) for v, w in zip(row, widths.values())) for row in rows]
+    lines[1:] = sorted(lines[1:])
+    common = {name: v[0] for name, v in values.items() if name not in differing}
+    return "\n".join([*lines, "", f"all: {', '.join(f'{n} {v}' for n, v in common.items())}"])
+
+
+def mean_and_std(values):
+    """Text of the mean and, of several, the sample standard deviation; of None "-"."""
+    if None in values:
+        return "-"
+    text = f"{statistics.mean(values):.2f}"
+    return text + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+INK, FAINT, RED, GREEN = (38, 42, 50), (222, 225, 230), (205, 60, 70), (50, 150, 90)
+SHOTS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 62, 104)}
+
+
+def shade(share):
+    """A colour for a share from 0 to 1, from pale yellow to deep blue."""
+    stops = ((255, 253, 224), (170, 220, 185), (70, 165, 190), (40, 95, 165), (30, 35, 95))
+    place = min(max(share, 0), 1) * (len(stops) - 1)
+    low = min(int(place), len(stops) - 2)
+    return tuple(round(a + (place - low) * (b - a)) for a, b in zip(stops[low], stops[low + 1]))
+
+
+class Canvas:
+    """A white picture of width x height pixels, drawn at twice the size: that smooths its lines."""
+
+    def __init__(self, width, height):
+        self.image = Image.new("RGB", (2 * width, 2 * height), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def text(self, x, y, text, size=12, color=INK, anchor="la"):
+        self.draw.text((2 * x, 2 * y), text, color, ImageFont.load_default(2 * size), anchor)
+
+    def line(self, points, color=INK, width=1.0, dashed=False):
+        points = [(2 * x, 2 * y) for x, y in points]
+        if not dashed:
+            self.draw.line(points, color, round(2 * width), "curve")
+            return
+        for (x, y), (to_x, to_y) in zip(points, points[1:]):
+            pieces = max(1, int(math.hypot(to_x - x, to_y - y) / 14))
+            for n in range(pieces):
+                a, b = n / pieces, (n + 0.55) / pieces
+                ends = [(x + t * (to_x - x), y + t * (to_y - y)) for t in (a, b)]
+                self.draw.line(ends, color, round(2 * width))
+
+    def box(self, left, top, right, bottom, fill=None, outline=None, width=1.0):
+        corners = [2 * v for v in (left, top, right, bottom)]
+        if right > left and bottom > top:
+            self.draw.rectangle(corners, fill, outline, round(2 * width))
+
+    def picture(self, pixels, x, y, size):
+        """uint8 [1 or 3, H, W], enlarged pixel by pixel to a square of `size`."""
+        array = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy()
+        smooth = Image.Resampling.NEAREST if len(array) < 64 else Image.Resampling.BICUBIC
+        picture = Image.fromarray(array).resize((2 * size, 2 * size), smooth)
+        self.image.paste(picture, (2 * x, 2 * y))
+
+    def save(self, path):
+        half = self.image.reduce(2)
+        save(path, half, lambda image, file: image.save(file, "PNG", optimize=True))
+        print(f"drew {path}", file=sys.stderr)
+
+
+class Axes:
+    """A chart in a box of a canvas: its frame, ticks and names, and where a value is drawn."""
+
+    def __init__(self, canvas, box, x, y, title="", x_name="", log_x=False, log_y=False):
+        self.canvas, self.box, self.ranges, self.logs = canvas, box, (x, y), (log_x, log_y)
+        left, top, width, height = box
+        canvas.text(left, top - 24, title, 13)
+        for value in ticks(*y, log_y):
+            _, place = self.at(x[0], value)
+            canvas.line([(left, place), (left + width, place)], FAINT)
+            canvas.text(left - 6, place, f"{value:g}", 11, anchor="rm")
+        for value in ticks(*x, log_x) if x_name else ():
+            place, _ = self.at(value, y[0])
+            canvas.line([(place, top + height), (place, top + height + 4)])
+            canvas.text(place, top + height + 7, f"{value:g}", 11, anchor="ma")
+        canvas.line([(left, top + height), (left + width, top + height)])
+        canvas.text(left + width / 2, top + height + 24, x_name, 12, anchor="ma")
+
+    def at(self, x, y):
+        shares = []
+        for value, (low, high), log in zip((x, y), self.ranges, self.logs):
+            if log:
+                value, low, high = (math.log(max(v, 1e-12)) for v in (value, low, high))
+            shares.append((min(max(value, low), high) - low) / ((high - low) or 1))
+        left, top, width, height = self.box
+        return left + shares[0] * width, top + (1 - shares[1]) * height
+
+    def line(self, points, color, width=1.5, dashed=False):
+        """Through points (x, y), those with y None left out."""
+        points = [self.at(x, y) for x, y in points if y is not None]
+        if len(points) > 1:
+            self.canvas.line(points, color, width, dashed)
+
+    def key(self, colors):
+        """Names of lines in their colours, {name: colour}, to the right of the chart."""
+        left, top, width, _ = self.box
+        for row, (name, color) in enumerate(colors.items()):
+            self.canvas.text(left + width + 10, top + 16 * row, name, 11, color)
+
+
+def ticks(low, high, log=False):
+    """About five round values from low to high."""
+    if log:
+        tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        few = math.log10(high / low) < 2
+        values = [10**n * digit for n in tens for digit in ((1, 2, 5) if few else (1,))]
+    else:
+        rough = (high - low) / 5 or 1
+        step = min(
+            (d * 10 ** math.floor(math.log10(rough)) for d in (1, 2, 5, 10)),
+            key=lambda step: abs(step - rough),
+        )
+        values = [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [round(value, 10) for value in values if low <= value <= high]
+
+
+def draw_accuracy(path, results, names, other=None):
+    """Accuracy by class, sorted by training pictures, shots marked; another run's as dots."""
+    counts = torch.tensor(results["counts"])
+    order = counts.argsort(descending=True, stable=True).tolist()
+    width = max(560, min(1200, 56 * len(order)))
+    canvas = Canvas(width + 90, 420)
+    title = f"top-1 on {results['reported_on']} by class, in all {results['all']:.2f}"
+    title += f"; dots: {other['name']}, in all {other['all']:.2f}" if other else ""
+    canvas.text(50, 12, title, 13)
+    axes = Axes(canvas, (50, 60, width, 280), (0, len(order)), (0, 100))
+    group_of = {}
+    for group, mask in shot_groups(counts).items():
+        rows = [n for n, label in enumerate(order) if mask[label]]
+        if rows:
+            left, right = axes.at(rows[0], 0)[0], axes.at(rows[-1] + 1, 0)[0]
+            group_of |= dict.fromkeys(rows, group)
+            text = f"{group} {results[group]:.1f}" + (f" / {other[group]:.1f}" if other else "")
+            canvas.text((left + right) / 2, 55, text, 12, SHOTS[group], "mb")
+            canvas.line([(right, 60), (right, 340)], FAINT)
+    gap = 0.1 if len(order) <= 100 else 0
+    for n, label in enumerate(order):
+        value = results["per_class"][label]
+        if value is not None:
+            left, top = axes.at(n + gap, value)
+            canvas.box(left, top, axes.at(n + 1 - gap, 0)[0], 340, SHOTS[group_of[n]])
+        if other and other["per_class"][label] is not None:
+            x, y = axes.at(n + 0.5, other["per_class"][label])
+            canvas.box(x - 4, y - 4, x + 4, y + 4, "white")
+            canvas.box(x - 3, y - 3, x + 3, y + 3, INK)
+    if len(order) <= 20:
+        for n, label in enumerate(order):
+            x = axes.at(n + 0.5, 0)[0]
+            canvas.text(x, 346, names[label][:11], 10, anchor="ma")
+            canvas.text(x, 360, f"{counts[label]}", 10, anchor="ma")
+    canvas.text(50 + width / 2, 385, "classes by training pictures, most first", 12, anchor="ma")
+    canvas.save(path)
+
+
+def draw_confusion(path, predicted, labels, counts, names):
+    """How often pictures of a class (row) are taken for another (column), shares of the row."""
+    order = counts.argsort(descending=True, stable=True)
+    classes, place = len(counts), torch.empty_like(counts)
+    place[order] = torch.arange(classes)
+    cells = torch.zeros(classes, classes).view(-1)
+    cells.index_add_(0, place[labels] * classes + place[predicted], torch.ones(len(labels)))
+    cells = cells.view(classes, classes)
+    cells = cells / cells.sum(1, keepdim=True).clamp(min=1)
+    side = 50 if classes <= 20 else max(1, 700 // classes)
+    canvas = Canvas(110 + side * classes + 20, 90 + side * classes + 20)
+    canvas.text(20, 16, "rows: the class; columns: what it is taken for; percent", 13)
+    for row in range(classes):
+        name = names[order[row]]
+        if classes <= 20:
+            canvas.text(104, 80 + (row + 0.5) * side, name[:13], 11, anchor="rm")
+            canvas.text(110 + (row + 0.5) * side, 74, name[:10], 9, anchor="ms")
+        for column in range(classes):
+            share = cells[row, column].item()
+            left, top = 110 + column * side, 80 + row * side
+            # The root, so that rare confusions are seen.
+            canvas.box(left, top, left + side, top + side, shade(share**0.5))
+            if classes <= 20 and share >= 0.005:
+                color = "white" if share > 0.25 else INK
+                canvas.text(left + side / 2, top + side / 2, f"{100 * share:.0f}", 11, color, "mm")
+    canvas.save(path)
+
+
+def tail_pictures(labels, counts, number=12):
+    """Rows of test pictures of the classes with the fewest training pictures, in turn."""
+    tail = counts.argsort(stable=True)[: max(2, min(number, int((counts < 20).sum())))]
+    rows = [(labels == label).nonzero()[:, 0].tolist() for label in tail]
+    turns = [own[n] for n in range(number) for own in rows if n < len(own)]
+    return turns[:number]
+
+
+def draw_activation(path, model, tested, rows, predicted, names, recipe, device):
+    """Class activation maps (Zhou et al., 2016) of tail-class pictures: where its class is seen.
+
+    The classifier's row of the picture's class times the feature map, the mean over experts.
+    """
+    canvas = Canvas(20 + 250 * min(3, len(rows)), 50 + 165 * math.ceil(len(rows) / 3))
+    canvas.text(20, 16, "class activation maps, tail classes of the test set", 13)
+    for n, row in enumerate(rows):
+        whole = tested.views([row], [0], recipe, 0)
+        label, guess = int(tested.labels[row]), int(predicted[row])
+        maps = 0
+        for encoder in model.encoders:
+            features = encoder.features(evaluation_view(whole.to(device), recipe))
+            for head, own in zip(encoder.heads, features):
+                maps = maps + torch.einsum("c,chw->hw", head.weight[label], own[0].float())
+        maps = (maps - maps.min()) / (maps.max() - maps.min()).clamp(min=1e-12)
+        maps = F.interpolate(maps[None, None], (110, 110), mode="bicubic")[0, 0].clamp(0, 1)
+        grey = F.interpolate(whole[0].float().mean(1, keepdim=True).to(device), (110, 110))[0]
+        heat = torch.stack([(2 * maps).clamp(0, 1), (2 * maps - 1).clamp(0, 1), 0.3 * (1 - maps)])
+        left, top = 20 + 250 * (n % 3), 45 + 165 * (n // 3)
+        canvas.picture(whole[0, 0], left, top, 110)
+        canvas.picture((0.45 * grey + 0.55 * 255 * heat).byte(), left + 115, top, 110)
+        text = names[label] if guess == label else f"{names[label]}, taken for {names[guess]}"
+        canvas.text(left, top + 114, text[:34], 11, GREEN if guess == label else RED)
+    canvas.save(path)
+
+
+def draw_neighbours(path, model, sets, tested, rows, names, recipe, loading, shown=8):
+    """The training pictures nearest to tail-class test pictures in the backbone's features."""
+
+    def embedded(pictures):
+        every = [embed_all(encoder, pictures, recipe, **loading) for encoder in model.encoders]
+        return F.normalize(torch.cat(every, dim=1), dim=1)
+
+    trained = sets["train"]
+    nearest = (embedded(tested)[rows] @ embedded(trained).T).topk(min(shown, len(trained))).indices
+    canvas = Canvas(50 + 76 * (shown + 1), 40 + 92 * len(rows))
+    canvas.text(20, 14, "tail-class test pictures, and the training pictures nearest to them", 13)
+    for n, (row, others) in enumerate(zip(rows, nearest.tolist())):
+        top, label = 40 + 92 * n, int(tested.labels[row])
+        canvas.picture(tested.views([row], [0], recipe, 0)[0, 0], 20, top, 70)
+        canvas.text(20, top + 72, names[label][:11], 10)
+        for place, other in enumerate(others, 1):
+            left, own = 36 + 76 * place, int(trained.labels[other])
+            canvas.picture(trained.views([other], [0], recipe, 0)[0, 0], left, top, 70)
+            color = GREEN if own == label else RED
+            canvas.box(left - 1, top - 1, left + 71, top + 71, outline=color, width=2)
+            canvas.text(left, top + 72, names[own][:11], 10, color)
+    canvas.save(path)
+
+
+def read_log(run):
+    """The arguments and the records of a run's log.jsonl."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return lines[0]["arguments"], [line for line in lines[1:] if "loss" in line]
+
+
+def by_size(records, bins):
+    """p(z+|z) of a log by class size: {size: [(epoch, mean over the records of a bin or None)]}."""
+    curves, last = {}, records[-1]["epoch"]
+    for number in range(bins):
+        start, end = number * last / bins, (number + 1) * last / bins
+        own = [r["own_key"] for r in records if start < r["epoch"] <= end]
+        for size in own[0] if own else ():
+            values = [record[size] for record in own if record[size] is not None]
+            mean = statistics.mean(values) if values else None
+            curves.setdefault(int(size), []).append(((start + end) / 2, mean))
+    return curves
+
+
+def expected_share(args, counts, size):
+    """What theory says of p(z+|z) in classes of [size, 2 size) training pictures.
+
+    alpha under DSCL, 1 / (|P| + 1) under SCL, for the |P| to be expected in batch and queue.
+    """
+    counts = torch.tensor(counts, dtype=torch.double)
+    own = counts[(counts >= size) & (counts < 2 * size)]
+    contrast = 2 * (args["batch_size"] - 1) + args["queue_size"]
+    scl = (1 / (1 + contrast * own / counts.sum())).mean().item()
+    return scl if args["alpha"] is None else args["alpha"]
+
+
+def draw_own_key(path, runs, counts):
+    """p(z+|z) by class size, during training and in its last tenth against theory."""
+    logs = [read_log(run) for run in runs]
+    logs = [(args, records) for args, records in logs if args["loss"] != "ce"]
+    if not logs:
+        return
+    sizes = sorted(map(int, logs[0][1][0]["own_key"]))
+    shades = {size: shade(0.3 + 0.7 * n / len(sizes)) for n, size in enumerate(sizes)}
+    canvas, left = Canvas(420 + 310 * len(logs), 400), 55
+    colors = {}
+    for (args, records), color in zip(logs, (SHOTS["many"], SHOTS["medium"])):
+        name = "SCL" if args["alpha"] is None else f"DSCL, alpha {args['alpha']:g}"
+        colors[name] = color
+        axes = Axes(
+            canvas,
+            (left, 60, 240, 270),
+            (0, records[-1]["epoch"]),
+            (0.001, 1),
+            f"p(z+|z) during training, {name}",
+            "epoch",
+            log_y=True,
+        )
+        left += 310
+        for size, curve in by_size(records, min(24, records[-1]["epoch"])).items():
+            axes.line(curve, shades[size])
+    pictures = {f"{size} to {2 * size - 1}": color for size, color in shades.items()}
+    axes.key({"a class of": INK} | pictures)
+    axes = Axes(
+        canvas,
+        (left + 60, 60, 200, 270),
+        (sizes[0], 2 * sizes[-1]),
+        (0.001, 1),
+        "in the last tenth; dashed: theory",
+        "training pictures of a class",
+        log_x=True,
+        log_y=True,
+    )
+    axes.key(colors)
+    for (args, records), color in zip(logs, colors.values()):
+        last = {size: curve[-1][1] for size, curve in by_size(records, 10).items()}
+        axes.line([(size * 2**0.5, value) for size, value in last.items()], color, 2)
+        theory = [(size * 2**0.5, expected_share(args, counts, size)) for size in last]
+        axes.line(theory, color, dashed=True)
+    canvas.save(path)
+
+
+def draw_curves(path, run):
+    """The losses of a run's log and, where they are, its nearest-neighbour looks at val."""
+    _, records = read_log(run)
+    looks = [(record["epoch"], record["knn"]) for record in records if "knn" in record]
+    last = records[-1]
+    epochs = [record["step"] / last["step"] * last["epoch"] for record in records]
+    colors = {"loss": INK, "dscl": SHOTS["many"], "pbsd": SHOTS["medium"]}
+    colors = {name: color for name, color in colors.items() if name in last}
+    values = [record[name] for record in records for name in colors]
+    canvas = Canvas(480 + 420 * bool(looks), 360)
+    span = (0, last["epoch"])
+    axes = Axes(canvas, (55, 50, 340, 250), span, (min(values), max(values)), "losses", "epoch")
+    axes.key(colors)
+    for name, color in colors.items():
+        axes.line(zip(epochs, [record[name] for record in records]), color)
+    if looks:
+        of = [value for _, value in looks]
+        title = "nearest neighbours: balanced accuracy on val"
+        limits = (min(of) - 2, max(of) + 2)
+        axes = Axes(canvas, (510, 50, 340, 250), span, limits, title, "epoch")
+        axes.line(looks, SHOTS["few"], 2)
+    canvas.save(path)
+
+
+def draw_views(path, view, boxes, patches, keys, recipe, shown=8):
+    """Query views, their boxes and patches and the key views, as the networks saw them."""
+    mean, std = (torch.tensor(recipe[name])[:, None, None] for name in ("mean", "std"))
+
+    def pixels(images):
+        return ((images.cpu().float() * std + mean) * 255).round().clamp(0, 255).byte()
+
+    patches = patches if patches is not None else view[None, :0]
+    shown, side, small = min(shown, len(view)), 150, 84
+    columns = 2 + (keys is not None)
+    canvas = Canvas(
+        20 + columns * (side + 10) + len(patches) * (small + 8), 50 + shown * (side + 10)
+    )
+    captions = [
+        "query view",
+        "with boxes",
+        *["key view"] * (keys is not None),
+        *["patches"] * bool(len(patches)),
+    ]
+    for n, caption in enumerate(captions):
+        canvas.text(20 + n * (side + 10), 24, caption, 13)
+    palette = [SHOTS["few"], SHOTS["medium"], SHOTS["many"], GREEN, INK]
+    for row in range(shown):
+        top = 46 + row * (side + 10)
+        views = [view[row], view[row], *[keys[row]] * (keys is not None)]
+        for n, image in enumerate(views):
+            canvas.picture(pixels(image), 20 + n * (side + 10), top, side)
+        scale = side / view.shape[-1]
+        for n in range(len(patches)):
+            x1, y1, x2, y2 = (scale * v for v in boxes[n, row].tolist())
+            left, color = 30 + side, palette[n % len(palette)]
+            canvas.box(left + x1, top + y1, left + x2, top + y2, outline=color, width=2)
+            left = 20 + columns * (side + 10) + n * (small + 8)
+            canvas.picture(pixels(patches[n, row]), left, top + 20, small)
+            canvas.box(
+                left - 2, top + 18, left + small + 2, top + small + 22, outline=color, width=2
+            )
+    canvas.save(path)
+
+
+# ----------------------------------------------------------------------------------------- stage 2
+
+
 def parse_args():
     parser = Parser(__doc__, "stage2")
     parser.add_argument(
@@ -158,6 +602,34 @@ def parse_args():
         metavar="FILE",
         help="checkpoint of train.py (default: OUTPUT/checkpoint.pth); the logits of several, runs "
         "that differ in --seed for instance, are averaged",
+    )
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="print mean and standard deviation of finished runs, grouped by what differs besides "
+        "--seed, and do nothing else",
+    )
+    parser.add_argument(
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="draw accuracy by class, the confusion matrix, class activation maps and nearest "
+        "neighbours of tail-class pictures, and p(z+|z) by class size, as PNG files",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="a finished run that --plots draws beside this one",
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="write backbone and classifier for use elsewhere: a state dict of torchvision's "
+        "architecture, or a torch.export program where torchvision has none",
     )
     parser.setting(
         "--bn",
@@ -169,8 +641,79 @@ def parse_args():
     return parser.parse_args()
 
 
+def export(path, model, recipe, device):
+    """Write the trained classifiers for use without this code.
+
+    One expert of torchvision's architecture as a state dict that loads with strict=True; others as
+    a torch.export program from normalised views [B, 3, V, V] to logits, the mean over experts.
+    """
+    run, size = model.runs[0], recipe["view_size"]
+    whole = (len(model.heads()), run["expert_width"]) == (1, 1) and run["arch"] != "resnet_small"
+    if whole:
+        state = model.encoders[0].state_dict()
+        state = {n.replace("backbone.", "").replace("head.", "fc."): v for n, v in state.items()}
+        save(path, state)
+    else:
+        example = torch.zeros(2, 3, size, size, device=device)
+        batch = {"images": {0: torch.export.Dim("batch", min=1)}}
+        program = torch.export.export(MeanLogits(model), (example,), dynamic_shapes=batch)
+        save(path, program, torch.export.save)
+    kind = f"state dict of torchvision's {run['arch']}" if whole else "torch.export program"
+    print(
+        f"wrote {path}, a {kind}; pictures from 0 to 1, mean {recipe['mean']}, std {recipe['std']}",
+        file=sys.stderr,
+    )
+
+
+class MeanLogits(nn.Module):
+    """Normalised views [B, 3, V, V] to the mean of all experts' logits [B, classes]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoders = copy.deepcopy(model.encoders).eval().requires_grad_(False)
+        self.encoders.to(memory_format=torch.contiguous_format)  # export warns of other strides
+        self.experts = len(model.heads())
+
+    def forward(self, images):
+        logits = torch.cat([encoder(images)[0] for encoder in self.encoders], dim=1)
+        return logits.unflatten(1, (self.experts, -1)).mean(1)
+
+
+@torch.no_grad()
+def draw(args, model, sets, results, recipe, loading):
+    """All pictures of a run and, with --compare, of another beside it."""
+    tested, counts = sets[results["reported_on"]], torch.tensor(results["counts"])
+    names = sets["train"].names or recipe.get("names")
+    names = names or [f"class {label}" for label in range(len(counts))]
+    device, rows = loading["device"], tail_pictures(tested.labels, counts)
+    predicted = []
+    for images, _ in load_batches(tested, shard(len(tested), 0, 1), recipe, 0, **loading):
+        logits = model.eval()(evaluation_view(images.to(device), recipe))
+        predicted.append(logits.mean(0).argmax(1).cpu())
+    predicted = torch.cat(predicted)
+
+    other = args.compare and read_results(args.compare) | dict(name=str(args.compare))
+    if other and other["counts"] != results["counts"]:
+        raise BadInput(f"{args.compare} is of another data set or imbalance: name one of the same")
+    args.plots.mkdir(parents=True, exist_ok=True)
+    draw_accuracy(args.plots / "accuracy.png", results, names, other)
+    draw_confusion(args.plots / "confusion.png", predicted, tested.labels, counts, names)
+    of_rows = model, tested, rows, predicted, names, recipe, device
+    draw_activation(args.plots / "activation.png", *of_rows)
+    of_rows = model, sets, tested, rows, names, recipe, loading
+    draw_neighbours(args.plots / "neighbours.png", *of_rows)
+    runs = [path.parent for path in args.checkpoint[:1]] + [args.compare] * bool(other)
+    runs = [run for run in runs if (run / "log.jsonl").exists()]
+    draw_own_key(args.plots / "own_key.png", runs, results["counts"])
+
+
 def main():
     args = parse_args()
+    if args.summary:
+        print(summary(args.summary))
+        return
+    if args.compare and not args.plots:
+        raise BadInput("--compare goes with --plots DIR")
     if args.checkpoint is None:
         output = args.output or Path("runs") / (args.dataset or train.DEFAULT)
         args.checkpoint = [output / "checkpoint.pth"]
@@ -201,23 +744,30 @@ def main():
                 "a test on them could be on pictures it has seen"
             )
     recipe = with_recipe(args, "stage2", len(sets["train"]))
+    of_stage1 = args.epochs == 0  # the classifier of a --loss ce run as it is
+    for path, run in zip(args.checkpoint, args.stage1):
+        if of_stage1 and run["loss"] != "ce":
+            raise BadInput(f"--epochs 0: {path} has no classifier; stage 1 trains one by --loss ce")
     # No step can take more than there are, and every process takes as many.
     args.batch_size = min(args.batch_size, max(1, len(sets["train"]) // world) * world)
     recipe = recipe | dict(view_size=first["view_size"])
     counts = sets["train"].labels.bincount()
     classes = len(counts)
     reported = "test" if "test" in sets else "val"
-    chosen = "val" if reported == "test" and "val" in sets else None
+    chosen = "val" if reported == "test" and "val" in sets and not of_stage1 else None
 
     model = LinearProbes(args.stage1, classes, args.bn, args.amp, args.seed)
     model = model.to(device, memory_format=torch.channels_last)
     for encoder, run in zip(model.encoders, stage1):
-        backbone = {name: value for name, value in run["encoder"].items() if "head." not in name}
-        encoder.load_state_dict(encoder.state_dict() | backbone)
+        trained = run["encoder"]
+        if not of_stage1:
+            trained = {name: value for name, value in trained.items() if "head." not in name}
+        encoder.load_state_dict(encoder.state_dict() | trained)
     heads = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(heads, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
-    path, epoch, best = args.output / "classifier.pth", 0, {"accuracy": -1.0}
+    path, epoch = args.output / "classifier.pth", 0
+    best = dict(accuracy=-1.0, epoch=0, model=copy.deepcopy(model.state_dict()))
     args.output.mkdir(parents=True, exist_ok=True)
     if path.exists():
         checkpoint = load(path, STAGE, device)
@@ -305,12 +855,15 @@ def main():
     print(table(results, counts))
     if len(members) > 1:
         print("its experts alone: " + ", ".join(f"{member['all']:.2f}" for member in members))
-    print(
-        f"on {reported}, at epoch {best['epoch']}, "
-        + (f"chosen on val ({best['accuracy']:.2f})" if chosen else "the last")
-        + f"; {args.output / 'results.json'}",
-        file=sys.stderr,
-    )
+    when = f"at epoch {best['epoch']}, "
+    when += f"chosen on val ({best['accuracy']:.2f})" if chosen else "the last"
+    when = "the classifier of stage 1" if of_stage1 else when
+    print(f"on {reported}, {when}; {args.output / 'results.json'}", file=sys.stderr)
+    if args.plots:
+        loading = dict(workers=args.workers, device=device)
+        draw(args, model, sets, results, recipe, loading)
+    if args.export:
+        export(args.export, model, recipe, device)
 
 
 if __name__ == "__main__":

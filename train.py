@@ -94,16 +94,19 @@ class Parser(argparse.ArgumentParser):
         if stage:
             self.epilog = "What has no flag takes the value of the data set's recipe in data.py."
             self.recipe = DATASETS[DEFAULT][stage]
-            self.add_stage_arguments()
+            self.add_stage_arguments(stage)
 
-    def add_stage_arguments(self):
+    def add_stage_arguments(self, stage):
         self.add_argument(
             "--output",
             type=Path,
             metavar="DIR",
             help="directory of all that a run writes (default: runs/DATASET, or the checkpoint's)",
         )
-        self.setting("--epochs", number(int, 1), "passes over the training set")
+        text = "passes over the training set"
+        if stage == "stage2":
+            text += "; 0 reports the classifier that --loss ce trained in stage 1"
+        self.setting("--epochs", number(int, 0 if stage == "stage2" else 1), text)
         self.setting("--batch-size", number(int, 1), "pictures a step, over all processes")
         self.setting(
             "--lr",
@@ -282,7 +285,7 @@ def only_lost_pictures(before, now):
 
 
 HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
-HARMLESS |= {"processes", "knn_epochs"}
+HARMLESS |= {"processes", "knn_epochs", "plots", "compare", "export", "summary"}
 
 
 def same_settings(path, before, now):
@@ -472,6 +475,13 @@ def parse_args():
         default=30,
         metavar="X",
         help="a checkpoint at least so often, besides that of every epoch (default: 30)",
+    )
+    parser.add_argument(
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="draw the views, boxes and patches of the first batch as the networks see them, and, "
+        "in the end, the curves of log.jsonl, as PNG files",
     )
     parser.setting(
         "--warmup-epochs", number(int, 0), "epochs in which the learning rate rises to its peak"
@@ -687,7 +697,9 @@ def main():
 
     torch.manual_seed(args.seed)
     counts = train_set.labels.bincount()
-    shape = dict(classes=None if contrastive else len(counts), experts=args.experts, width=args.expert_width)
+    shape = dict(
+        classes=None if contrastive else len(counts), experts=args.experts, width=args.expert_width
+    )
     encoder = Encoder(args.arch, **shape)
     args.processes, args.data = world, identity(sets)
     args.amp = precision(args.amp, device)
@@ -710,7 +722,8 @@ def main():
     )
 
     # The same command again goes on from the checkpoint.
-    args.output.mkdir(parents=True, exist_ok=True)
+    for directory in (args.output, args.plots or args.output):
+        directory.mkdir(parents=True, exist_ok=True)
     parts = dict(
         encoder=encoder, momentum_encoder=momentum_encoder, queue=queue, optimizer=optimizer
     )
@@ -793,6 +806,12 @@ def main():
         shuffle = Shuffle(seeds[0], args.batch_size, rank, world, device)
         draws = Draws(seeds[1], args.batch_size, shuffle.own, device)
         queries = query_views(images[0], draws, recipe, patches)
+        if args.plots and rank == 0 and step == batches.steps.start:
+            from eval import draw_views  # here, as eval.py imports this module
+
+            draws = Draws(seeds[2], args.batch_size, shuffle.own, device)
+            keys = key_view(images[-1], draws, recipe) if contrastive else None
+            draw_views(args.plots / "views.png", *queries, keys, recipe)
         with autocast(device, args.amp):
             if contrastive:
                 draws = Draws(seeds[2], args.batch_size, shuffle.others, device)
@@ -850,6 +869,10 @@ def main():
         if step % per_epoch == 0:
             checkpoint()
 
+    if args.plots and rank == 0:
+        from eval import draw_curves
+
+        draw_curves(args.plots / "curves.png", args.output)
     if rank == 0:
         print(f"done: {path}; stage 2: python eval.py --output {args.output}", file=sys.stderr)
 

@@ -1,9 +1,14 @@
-"""Metrics by shots, and what the linear classifier leaves alone."""
+"""Metrics by shots, what the linear classifier leaves alone, summaries, exports and pictures."""
+
+import json
 
 import pytest
 import torch
+import torchvision
+from PIL import Image
 
-from data import Pictures
+import eval as stage2
+from data import BadInput, Pictures
 from eval import LinearProbes, count_right, metrics, table
 from train import load_batches, shard
 
@@ -72,3 +77,137 @@ def test_only_the_classifier_trains_and_bn_decides_about_the_statistics(bn):
     moved = any(not torch.equal(value, before[n]) for n, value in model.state_dict().items())
     assert moved == (bn == "train")
     assert not any(m.training for m in model.eval().modules())
+
+
+def write_results(run, accuracies, seed=0, alpha=0.1, lr=10.0):
+    run.mkdir(parents=True)
+    stage1 = dict(seed=seed, alpha=alpha, loss="dscl", output=str(run), amp="bf16", step=9, data={})
+    arguments = dict(stage1=[stage1], seed=seed, lr=lr, output=str(run), data={}, plots=None)
+    groups = dict(zip(("many", "medium", "few", "all"), accuracies))
+    (run / "results.json").write_text(json.dumps(groups | dict(arguments=arguments)))
+    return run
+
+
+def test_the_summary_groups_runs_that_differ_in_seed_alone(tmp_path, capsys):
+    runs = [
+        write_results(tmp_path / "a", (90, 80, None, 70), seed=0),
+        write_results(tmp_path / "b", (92, 81, None, 74), seed=1),
+        write_results(tmp_path / "c", (50, 40, None, 30), alpha=None),
+        write_results(tmp_path / "d", (50, 40, None, 35), lr=1.0),
+    ]
+    header, *rows = stage2.summary([*runs, tmp_path / "unfinished"]).split("\n\n")[0].splitlines()
+    assert header.split() == ["alpha", "stage", "2", "lr", "seeds", "many", "medium", "few", "all"]
+    assert [row.split() for row in rows] == [
+        "0.1 1.0 1 50.00 40.00 - 35.00".split(),
+        "0.1 10.0 2 91.00 ± 1.41 80.50 ± 0.71 - 72.00 ± 2.83".split(),
+        "null 10.0 1 50.00 40.00 - 30.00".split(),
+    ]
+    assert "1 of 5 have no results yet" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="results.json cannot be read .*run eval.py"):
+        stage2.summary([tmp_path / "unfinished"])
+
+
+RECIPE = dict(view_size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def probes(arch, experts=1, width=1.0, runs=1):
+    run = dict(arch=arch, experts=experts, expert_width=width)
+    model = LinearProbes([run] * runs, 7, "eval", "off", 0)
+    for module in model.modules():  # running statistics that are not those of the start
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+    return model.eval()
+
+
+def test_an_exported_resnet_is_torchvisions_own(tmp_path):
+    model = probes("resnet18")
+    stage2.export(tmp_path / "resnet18.pth", model, RECIPE, torch.device("cpu"))
+    resnet = torchvision.models.resnet18(num_classes=7).eval()
+    state = torch.load(tmp_path / "resnet18.pth", weights_only=True)
+    resnet.load_state_dict(state, strict=True)
+    images = torch.randn(3, 3, 64, 64)
+    torch.testing.assert_close(resnet(images), model(images)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "resnext50_32x4d", "resnet152"])
+def test_the_names_of_an_exported_state_are_torchvisions(arch, tmp_path):
+    stage2.export(tmp_path / "whole.pth", probes(arch), RECIPE, torch.device("cpu"))
+    with torch.device("meta"):
+        resnet = torchvision.models.get_model(arch, num_classes=7)
+    state = torch.load(tmp_path / "whole.pth", weights_only=True)
+    resnet.load_state_dict(state, strict=True, assign=True)
+
+
+@pytest.mark.parametrize("experts, runs", [(1, 1), (2, 2)])
+def test_an_exported_program_gives_the_mean_of_all_logits_for_any_batch(experts, runs, tmp_path):
+    model = probes("resnet_small", experts, 0.5, runs)
+    stage2.export(tmp_path / "small.pt2", model, RECIPE, torch.device("cpu"))
+    program = torch.export.load(tmp_path / "small.pt2").module()
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(program(images), model(images).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def pixel(path, x, y):
+    with Image.open(path) as image:
+        return image.getpixel((x, y))
+
+
+def test_bars_stand_at_their_accuracy_in_the_colour_of_their_shots(tmp_path):
+    results = dict(counts=[10, 500, 50], per_class=[100.0, 50.0, None], reported_on="test")
+    results |= dict(many=50.0, medium=None, few=100.0, all=75.0)
+    other = results | dict(per_class=[20.0, 90.0, 40.0], medium=40.0, name="other")
+    names = ["boots", "shirts", "bags"]
+    stage2.draw_accuracy(tmp_path / "a.png", results | dict(medium=0.0), names, other)
+    # Sorted by training pictures: shirts, bags, boots; 560 x 280 pixels from (50, 60) on.
+    path, many, few = tmp_path / "a.png", stage2.SHOTS["many"], stage2.SHOTS["few"]
+    assert pixel(path, 110, 60 + 145) == many and pixel(path, 110, 60 + 135) != many
+    assert pixel(path, 560, 62) == few and pixel(path, 560, 338) == few
+    assert pixel(path, 50 + 280, 340 - 112) == stage2.INK  # the other run's bags at 40
+
+
+def test_the_confusion_matrix_is_sorted_by_training_pictures(tmp_path):
+    labels, predicted = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 2, 1, 2])
+    counts = torch.tensor([5, 50, 500])
+    stage2.draw_confusion(tmp_path / "c.png", predicted, labels, counts, ["a", "b", "c"])
+
+    def cell(row, column):
+        return pixel(tmp_path / "c.png", 110 + 50 * column + 5, 80 + 50 * row + 5)
+
+    sure, never = stage2.shade(1), stage2.shade(0)
+    assert [cell(0, n) for n in range(3)] == [sure, never, never]  # class 2, taken for itself
+    assert [cell(2, n) for n in range(3)] == [sure, never, never]  # class 0, taken for class 2
+
+
+def test_the_sheet_of_views_shows_the_pixels_that_the_network_saw(tmp_path):
+    recipe = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+    colors = torch.tensor([[0.8, 0.2, 0.4], [0.0, 1.0, 0.6]])
+
+    def flat(of, size):
+        return ((of[..., None, None] - 0.5) / 0.25).expand(*of.shape, size, size)
+
+    patches = flat(colors.flip(0), 8)[None]
+    boxes = torch.tensor([4.0, 4.0, 12.0, 12.0]).expand(1, 2, 4)
+    stage2.draw_views(
+        tmp_path / "v.png", flat(colors, 16), boxes, patches, flat(1 - colors, 16), recipe
+    )
+    for row, color in enumerate(colors):
+        y = 46 + 160 * row + 75
+        shown = (color, color, 1 - color, colors[1 - row])
+        for x, expected in zip((95, 255, 415, 540), shown):
+            assert pixel(tmp_path / "v.png", x, y) == tuple((expected * 255).round().int().tolist())
+        # The box begins at a quarter of the view.
+        assert pixel(tmp_path / "v.png", 180 + 38, y) == stage2.SHOTS["few"]
+
+
+def test_theory_is_alpha_under_dscl_and_one_over_the_positives_under_scl():
+    args = dict(alpha=0.1, batch_size=65, queue_size=872)
+    assert stage2.expected_share(args, [100, 300, 600], 64) == 0.1
+    # 1000 others in the contrast set, of which a tenth are of the class of 100.
+    assert stage2.expected_share(args | dict(alpha=None), [100, 300, 600], 64) == 1 / 101
+
+
+def test_the_tail_pictures_are_of_the_few_shot_classes_in_turn():
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
+    rows = stage2.tail_pictures(labels, torch.tensor([10, 500, 15]), 4)
+    assert rows == [0, 2, 3, 5]

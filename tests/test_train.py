@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TREE_COUNTS, records, states_equal
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmark
 import eval as stage2
 import train
-from data import DATASETS, HERE, Batches, load_dataset
+from data import DATASETS, HERE, Batches, evaluation_view, load_dataset
+from models import Encoder
 
 TINY = ["--epochs", "2", "--batch-size", "64", "--patches", "1", "--queue-size", "100"]
 
@@ -71,7 +73,7 @@ def trained(small_root, tmp_path_factory):
 
 def checkpoint(output):
     content = torch.load(output / "checkpoint.pth", weights_only=True)
-    for name in ("output", "save_minutes"):
+    for name in ("output", "save_minutes", "plots"):
         content["args"].pop(name, None)
     return content
 
@@ -625,6 +627,37 @@ def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
     assert "pbsd" not in steps[0] and ("dscl" in steps[0]) == (loss == "scl")
     assert (header["arguments"]["alpha"] is None) == (loss == "scl")
     assert "all" in call(stage2, *options).out
+    alone = ["--checkpoint", tmp_path / "checkpoint.pth", "--output", tmp_path / "alone"]
+    alone += [*options[:2], "--epochs", 0]
+    if loss == "scl":
+        with pytest.raises(train.BadInput, match="--epochs 0: .* has no classifier"):
+            call(stage2, *alone)
+        return
+    assert "the classifier of stage 1" in call(stage2, *alone).err
+    results = json.loads((tmp_path / "alone" / "results.json").read_text())
+    sets = load_dataset("fashion_mnist_lt", small_root)
+    encoder = Encoder("resnet_small", classes=10)
+    encoder.load_state_dict(checkpoint(tmp_path)["encoder"])
+    view = evaluation_view(sets["test"].images[None], DATASETS["fashion_mnist_lt"])
+    with torch.no_grad(), train.autocast(torch.device("cpu"), results["arguments"]["amp"]):
+        right = encoder.eval()(view)[0].argmax(1) == sets["test"].labels
+    assert results["top1"] == pytest.approx(100 * right.float().mean().item(), abs=0.3)
+    assert results["val"] is None and not (tmp_path / "alone" / "classifier.pth").exists()
+
+
+def test_both_stages_draw_their_pictures_and_change_nothing(trained, small_root, tmp_path, call):
+    options = ["--data-root", small_root, "--output", tmp_path / "run"]
+    call(train, *TINY, *options, "--plots", tmp_path)
+    assert states_equal(checkpoint(tmp_path / "run"), checkpoint(trained[0]))
+    before = (trained[0] / "results.json").read_text()
+    again = ["--output", trained[0], "--epochs", 2, "--plots", tmp_path]
+    call(stage2, *again, "--compare", trained[0], "--export", tmp_path / "small.pt2")
+    after = (trained[0] / "results.json").read_text()
+    assert json.loads(after)["per_class"] == json.loads(before)["per_class"]
+    names = "views curves accuracy confusion activation neighbours own_key".split()
+    for name in names:
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 300 and len(image.convert("L").getcolors()) > 20
 
 
 # ------------------------------------------------------------------------------- how they fail
