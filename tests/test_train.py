@@ -150,20 +150,31 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
     assert states_equal(checkpoint(tmp_path), checkpoint(trained[0]))
 
 
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Have this process, amid the step of that number, send itself a signal; returns the calls."""
+
+    def arrange(step, number):
+        views, calls = train.query_views, []
+
+        def interrupted(*inputs):
+            calls.append(None)
+            if len(calls) == step:
+                os.kill(os.getpid(), number)
+            return views(*inputs)
+
+        monkeypatch.setattr(train, "query_views", interrupted)
+        return calls
+
+    return arrange
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_a_run_with_a_checkpoint_of_that_step(
-    number, trained, small_root, tmp_path, call, monkeypatch
+    number, trained, small_root, tmp_path, call, stop_at
 ):
     arguments = [*TINY, "--data-root", small_root, "--output", tmp_path]
-    views, calls = train.query_views, []
-
-    def interrupted(*inputs):
-        calls.append(None)
-        if len(calls) == 13:
-            os.kill(os.getpid(), number)
-        return views(*inputs)
-
-    monkeypatch.setattr(train, "query_views", interrupted)
+    calls = stop_at(13, number)
     with pytest.raises(train.Stopped):
         call(train, *arguments)
     assert checkpoint(tmp_path)["step"] == 13
@@ -171,6 +182,30 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_that_step(
     assert len(calls) == 18  # no step was done twice
     assert records(tmp_path)[1] == records(trained[0])[1]
     assert states_equal(checkpoint(tmp_path), checkpoint(trained[0]))
+
+
+def test_two_processes_go_on_where_one_stopped_and_torchrun_brings_a_dead_one_back(
+    small_root, tmp_path, call, stop_at
+):
+    arguments = [*TINY, "--data-root", small_root, "--output", tmp_path]
+    stop_at(3, signal.SIGTERM)
+    with pytest.raises(train.Stopped):
+        call(train, *arguments)
+    command = [*LAUNCH, "--max-restarts=1", "train.py", *arguments, "--save-minutes", 0]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=HERE, env=ONE_THREAD, stderr=subprocess.PIPE
+    )
+    while checkpoint(tmp_path)["step"] == 3:
+        assert process.poll() is None
+    ranks = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 0, said
+    assert said.count("going on from epoch") == 2 and checkpoint(tmp_path)["step"] == 18
+    steps = records(tmp_path)[1]
+    notes = [record["changes"] for record in steps if "resumed" in record]
+    assert notes[0] == ["processes was 1, now 2", "save_minutes was 30, now 0.0"]
+    assert [record["step"] for record in steps if "loss" in record] == [9, 18]
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
