@@ -610,6 +610,16 @@ def neighbour_accuracy(bank, bank_labels, features, labels, neighbours=10, tempe
     return 100 * (right / counts).mean()
 
 
+def look_at_val(encoder, sets, recipe, args, device):
+    """neighbour_accuracy of val among the training set; leaves the encoder in eval mode."""
+    rows = []
+    for split in ("train", "val"):
+        with autocast(device, args.amp):
+            rows.append(embed_all(encoder, sets[split], recipe, args.workers, device))
+        rows.append(sets[split].labels.to(device))
+    return round(neighbour_accuracy(*rows).item(), 2)
+
+
 NOTHING, SAVE, STOP, BROKEN = range(4)  # what a process may have met before a step
 
 
@@ -850,16 +860,9 @@ def main():
                     }
                 text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
                 if step in looks:
-                    with autocast(device, args.amp):
-                        bank, features = (
-                            embed_all(encoder, sets[split], recipe, args.workers, device)
-                            for split in ("train", "val")
-                        )
+                    record["knn"] = look_at_val(encoder, sets, recipe, args, device)
+                    text += f"  knn {record['knn']:.1f}"
                     model.train()
-                    of = train_set.labels.to(device), sets["val"].labels.to(device)
-                    knn = neighbour_accuracy(bank, of[0], features, of[1]).item()
-                    record["knn"] = round(knn, 2)
-                    text += f"  knn {knn:.1f}"
                 print(json.dumps(record), file=log)
                 progress.show(
                     step,
