@@ -1,9 +1,9 @@
 """The two losses of "Decoupled Contrastive Learning for Long-Tailed Recognition" (AAAI 2024).
 
-dscl_loss            decoupled supervised contrastive loss; alpha=None is the plain SCL it corrects
-own_key_probability  p(z_i+|z_i), which DSCL drives to alpha and SCL to 1 / (|P_i| + 1)
-pbsd_loss            patch-based self distillation
-bank_attention       what all are made of: softmax attention of N embeddings over a bank of K
+dscl_loss         decoupled supervised contrastive loss; alpha=None is the plain SCL it corrects
+dscl_and_own_key  the same, and p(z_i+|z_i), which it drives to alpha and SCL to 1 / (|P_i| + 1)
+pbsd_loss         patch-based self distillation
+bank_attention    what all are made of: softmax attention of N embeddings over a bank of K
 
 All embeddings are L2-normalised rows. Time is O(N K D) and memory O(N D): no [N, K] matrix is ever
 stored, forward or backward. The file needs torch alone; copy it.
@@ -89,20 +89,38 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
     Computed in float32 (float64 if the query is), also under autocast. ValueError names a bad
     argument.
     """
+    terms = dict(alpha=alpha, temperature=temperature)
+    return dscl_and_own_key(query, key, labels, queue, queue_labels, **terms)[0]
+
+
+def dscl_and_own_key(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature=0.07):
+    """dscl_loss, and p(z_i+|z_i) [B] of each anchor's own key in its contrast set.
+
+    The probability costs nothing more and carries no gradient. Free embeddings have it at `alpha`
+    in the end, under SCL at 1 / (|P_i| + 1): the supplementary's optimum.
+    """
     _check_temperature(temperature)
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
-    _check_contrast(query, key, queue)
-    size = len(query)
+    _check_shape("query", query, (None, None), nonempty=True)
+    size, dim = query.shape
+    _check_shape("key", key, (size, dim))
+    _check_shape("queue", queue, (None, dim))
     _check_labels("labels", labels, size)
     _check_labels("queue_labels", queue_labels, len(queue))
     query, key, queue = _full_precision(query, key.detach(), queue.detach())
 
     with torch.autocast(query.device.type, enabled=False):
-        batch_logits, own_logit, logsumexp = _contrast(query, key, queue, temperature)
+        # The batch as contrast: small and dense, because its queries carry gradient.
+        itself = torch.eye(size, dtype=torch.bool, device=query.device)
+        batch_logits = query @ torch.cat([query, key]).T / temperature  # [B, 2B]
+        own_logit = batch_logits[:, size:].diagonal()  # [B] z_i+.z_i / tau
+        anchors = torch.cat([itself, torch.zeros_like(itself)], dim=1)  # [B, 2B]
+        batch_logsumexp = batch_logits.masked_fill(anchors, -torch.inf).logsumexp(1)  # [B]
+        queue_logsumexp, _ = bank_attention(query, queue, temperature=temperature)  # [B]
+        logsumexp = torch.logaddexp(batch_logsumexp, queue_logsumexp)
 
         # The sum over P_i: a mask in the batch, a per-class sum of the queue.
-        itself = torch.eye(size, dtype=torch.bool, device=query.device)
         mates = ((labels[:, None] == labels) & ~itself).to(query.dtype).repeat(1, 2)  # [B, 2B]
         class_sum, class_count = _class_sums(labels, queue, queue_labels)  # [B, D], [B]
         queue_pull = (query * class_sum).sum(1) / temperature  # [B]
@@ -114,22 +132,8 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
         else:
             share = torch.full_like(positives, alpha).masked_fill(positives == 0, 1)
         mean_pull = pull / positives.clamp(min=1)
-        return (logsumexp - share * own_logit - (1 - share) * mean_pull).mean()
-
-
-@torch.no_grad()
-def own_key_probability(query, key, queue, *, temperature=0.07):
-    """p(z_i+|z_i) [B] of each anchor's own key, in dscl_loss's contrast set; without gradient.
-
-    The supplementary's optimum is alpha under DSCL, 1 / (|P_i| + 1) under SCL. Arguments and
-    errors are those of dscl_loss.
-    """
-    _check_temperature(temperature)
-    _check_contrast(query, key, queue)
-    query, key, queue = _full_precision(query, key, queue)
-    with torch.autocast(query.device.type, enabled=False):
-        _, own_logit, logsumexp = _contrast(query, key, queue, temperature)
-        return (own_logit - logsumexp).exp()
+        loss = (logsumexp - share * own_logit - (1 - share) * mean_pull).mean()
+        return loss, (own_logit - logsumexp).detach().exp()
 
 
 def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
@@ -173,20 +177,6 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
         return (logsumexp - (patch * teacher_mean).sum(2) / temperature).mean()
 
 
-def _contrast(query, key, queue, temperature):
-    """Logits of the batch [B, 2B], queries then keys; z_i+.z_i / tau [B]; logsumexp over all m [B].
-
-    The batch as contrast is small and dense, because its queries carry gradient.
-    """
-    size = len(query)
-    batch_logits = query @ torch.cat([query, key]).T / temperature  # [B, 2B]
-    anchors = torch.eye(size, 2 * size, dtype=torch.bool, device=query.device)
-    batch_logsumexp = batch_logits.masked_fill(anchors, -torch.inf).logsumexp(1)  # [B]
-    queue_logsumexp, _ = bank_attention(query, queue, temperature=temperature)  # [B]
-    logsumexp = torch.logaddexp(batch_logsumexp, queue_logsumexp)
-    return batch_logits, batch_logits[:, size:].diagonal(), logsumexp
-
-
 def _class_sums(labels, queue, queue_labels):
     """Sum [B, D] and number [B] of the queue entries of each anchor's class, without a mask."""
     labels, queue_labels = labels.long(), queue_labels.long()
@@ -220,12 +210,6 @@ def _check_shape(name, tensor, shape, nonempty=False):
         raise ValueError(f"{name} must be of a float type, got {tensor.dtype}")
     if nonempty and not tensor.numel():
         raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
-
-
-def _check_contrast(query, key, queue):
-    _check_shape("query", query, (None, None), nonempty=True)
-    _check_shape("key", key, query.shape)
-    _check_shape("queue", queue, (None, query.shape[1]))
 
 
 def _check_labels(name, labels, size):

@@ -42,7 +42,7 @@ from data import (
     recipe_of,
     seed_from,
 )
-from losses import dscl_loss, own_key_probability, pbsd_loss
+from losses import dscl_and_own_key, pbsd_loss
 from models import ARCHS, Encoder, MomentumEncoder, Queue, load_pretrained
 
 DEFAULT = "fashion_mnist_lt"
@@ -581,8 +581,8 @@ def dscl_and_pbsd(
         own = slice(start, start + dim)  # an expert's columns
         bank = queue.keys[:, own]
         embeddings = anchors[0][:, own], anchors[1][:, own], anchors[2], bank, queue.labels
-        terms.append([dscl_loss(*embeddings, alpha=args.alpha, temperature=tau)])
-        probability = own_key_probability(*embeddings[:2], bank, temperature=tau)  # p(z_i+|z_i)
+        dscl, probability = dscl_and_own_key(*embeddings, alpha=args.alpha, temperature=tau)
+        terms.append([dscl])
         probabilities.append(probability[own_rows])
         if patches is not None:
             embeddings = roi[..., own], patch[..., own], key[:, own], bank
@@ -822,10 +822,11 @@ def main():
             draws = Draws(seeds[2], args.batch_size, shuffle.own, device)
             keys = key_view(images[-1], draws, recipe) if contrastive else None
             draw_views(args.plots / "views.png", *queries, keys, recipe)
+        if contrastive:
+            draws = Draws(seeds[2], args.batch_size, shuffle.others, device)
+            keys = key_view(shuffle.spread(images[-1]), draws, recipe)
         with autocast(device, args.amp):
             if contrastive:
-                draws = Draws(seeds[2], args.batch_size, shuffle.others, device)
-                keys = key_view(shuffle.spread(images[-1]), draws, recipe)
                 values, probability = dscl_and_pbsd(
                     model, momentum_encoder, queue, *queries, keys, labels, shuffle, args
                 )

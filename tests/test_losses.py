@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import bank_attention, dscl_loss, own_key_probability, pbsd_loss
+from losses import bank_attention, dscl_and_own_key, dscl_loss, pbsd_loss
 
 
 def unit(*shape, dtype=torch.float64, seed=0):
@@ -256,7 +256,9 @@ def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
     everything = torch.cat([query, contrast])
     logits = query @ everything.T / temperature
     logits[:, :3].fill_diagonal_(-math.inf)
-    own = own_key_probability(query, contrast[:3], contrast[3:], temperature=temperature)
+    parts = query, contrast[:3], labels, contrast[3:], queue_labels
+    loss, own = dscl_and_own_key(*parts, alpha=alpha, temperature=temperature)
+    assert loss == dscl_loss(*parts, alpha=alpha, temperature=temperature)
     close(own, logits.softmax(1)[:, 3:6].diagonal(), 1e-10)
     for i, size in enumerate(sizes):
         expected = 1 / (size + 1) if alpha is None else alpha
