@@ -283,6 +283,9 @@ class Pictures:
     def __len__(self):
         return len(self.labels)
 
+    def subset(self, rows):
+        return Pictures(self.images[rows], self.labels[rows], self.origin)
+
     def views(self, indices, seeds, recipe, crops):
         """The whole pictures, once, uint8 [1, B, C, H, W]: the device will cut them."""
         return self.images[indices][None]
@@ -301,9 +304,9 @@ class ImageFiles:
     def __len__(self):
         return len(self.labels)
 
-    def subset(self, rows, origin):
-        rows = np.sort(np.concatenate(rows))
-        return ImageFiles(self.root, self.paths[rows], self.labels[rows], origin, self.names)
+    def subset(self, rows, origin=None):
+        paths, labels = self.paths[rows], self.labels[rows]
+        return ImageFiles(self.root, paths, labels, origin or self.origin, self.names)
 
     def path(self, index):
         return self.root / os.fsdecode(self.paths[index])
@@ -641,9 +644,10 @@ def hold_out(sets, missing):
         fraction, most = HELD_OUT[split]
         sizes = (counts // fraction).clamp(1, most).tolist()
         origin = f"{train.origin}, {min(sizes)} to {max(sizes)} pictures a class held out"
-        sets[split] = train.subset([rows[:size] for rows, size in zip(rows_of, sizes)], origin)
+        held_out = [rows[:size] for rows, size in zip(rows_of, sizes)]
+        sets[split] = train.subset(np.sort(np.concatenate(held_out)), origin)
         rows_of = [rows[size:] for rows, size in zip(rows_of, sizes)]
-    sets["train"] = train.subset(rows_of, train.origin)
+    sets["train"] = train.subset(np.sort(np.concatenate(rows_of)))
     return {split: sets[split] for split in ("train", "val", "test")}
 
 

@@ -12,6 +12,7 @@ last epoch counts, without a test split val is reported. Writes OUTPUT/results.j
 OUTPUT/classifier.pth; the same command again goes on from there.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -36,6 +37,7 @@ from data import (
     evaluation_view,
     identity,
     load_dataset,
+    recipe_of,
     seed_from,
     shot_groups,
 )
@@ -172,7 +174,7 @@ def read_results(run):
 def settings_of(results):
     """What may change the results of a run, seeds left out: {name: value}, stage 2's marked."""
     runs = [set(run) for run in results["stage1"]]
-    names = set.union(*runs) - train.HARMLESS - {"seed", "data", "step"} | {"amp"}
+    names = set.union(*runs) - train.HARMLESS - {"seed", "data"} | {"amp"}
     settings = {"runs": len(runs)}
     for name in sorted(names):
         values = {json.dumps(run.get(name)) for run in results["stage1"]}
@@ -256,10 +258,11 @@ class Canvas:
             self.draw.rectangle(corners, fill, outline, round(2 * width))
 
     def picture(self, pixels, x, y, size):
-        """uint8 [1 or 3, H, W], enlarged pixel by pixel to a square of `size`."""
+        """uint8 [1 or 3, H, W] as a square of `size`, small ones enlarged pixel by pixel."""
         array = pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy()
-        smooth = Image.Resampling.NEAREST if len(array) < 64 else Image.Resampling.BICUBIC
-        picture = Image.fromarray(array).resize((2 * size, 2 * size), smooth)
+        small = len(array) < 64 or len(array) == size
+        how = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
+        picture = Image.fromarray(array).resize((2 * size, 2 * size), how)
         self.image.paste(picture, (2 * x, 2 * y))
 
     def save(self, path):
@@ -365,28 +368,28 @@ def draw_accuracy(path, results, names, other=None):
 def draw_confusion(path, predicted, labels, counts, names):
     """How often pictures of a class (row) are taken for another (column), shares of the row."""
     order = counts.argsort(descending=True, stable=True)
-    classes, place = len(counts), torch.empty_like(counts)
-    place[order] = torch.arange(classes)
-    cells = torch.zeros(classes, classes).view(-1)
-    cells.index_add_(0, place[labels] * classes + place[predicted], torch.ones(len(labels)))
-    cells = cells.view(classes, classes)
+    classes, place = len(counts), order.argsort()
+    cells = (place[labels] * classes + place[predicted]).bincount(minlength=classes**2)
+    cells = cells.view(classes, classes).float()
     cells = cells / cells.sum(1, keepdim=True).clamp(min=1)
-    side = 50 if classes <= 20 else max(1, 700 // classes)
-    canvas = Canvas(110 + side * classes + 20, 90 + side * classes + 20)
+    side, few = max(1, 500 // classes), classes <= 20
+    shown = F.adaptive_max_pool2d(cells[None], min(classes, 700))[0]
+    colors = torch.tensor([shade(n / 255) for n in range(256)], dtype=torch.uint8)
+    # The root, so that rare confusions are seen.
+    pixels = colors[(255 * shown.sqrt()).round().long()]
+    pixels = pixels.repeat_interleave(side, 0).repeat_interleave(side, 1).permute(2, 0, 1)
+    canvas = Canvas(130 + pixels.shape[2], 100 + pixels.shape[1])
     canvas.text(20, 16, "rows: the class; columns: what it is taken for; percent", 13)
-    for row in range(classes):
+    canvas.picture(pixels, 110, 80, pixels.shape[2])
+    for row in range(classes) if few else ():
         name = names[order[row]]
-        if classes <= 20:
-            canvas.text(104, 80 + (row + 0.5) * side, name[:13], 11, anchor="rm")
-            canvas.text(110 + (row + 0.5) * side, 74, name[:10], 9, anchor="ms")
-        for column in range(classes):
-            share = cells[row, column].item()
-            left, top = 110 + column * side, 80 + row * side
-            # The root, so that rare confusions are seen.
-            canvas.box(left, top, left + side, top + side, shade(share**0.5))
-            if classes <= 20 and share >= 0.005:
+        canvas.text(104, 80 + (row + 0.5) * side, name[:13], 11, anchor="rm")
+        canvas.text(110 + (row + 0.5) * side, 74, name[:10], 9, anchor="ms")
+        for column, share in enumerate(cells[row].tolist()):
+            if share >= 0.005:
+                x, y = 110 + (column + 0.5) * side, 80 + (row + 0.5) * side
                 color = "white" if share > 0.25 else INK
-                canvas.text(left + side / 2, top + side / 2, f"{100 * share:.0f}", 11, color, "mm")
+                canvas.text(x, y, f"{100 * share:.0f}", 11, color, "mm")
     canvas.save(path)
 
 
@@ -398,45 +401,50 @@ def tail_pictures(labels, counts, number=12):
     return turns[:number]
 
 
-def draw_activation(path, model, tested, rows, predicted, names, recipe, device):
-    """Class activation maps (Zhou et al., 2016) of tail-class pictures: where its class is seen.
+def activation_maps(model, views, labels):
+    """Class activation maps (Zhou et al., 2016) [B, h, w], from 0 to 1: where a class is seen.
 
-    The classifier's row of the picture's class times the feature map, the mean over experts.
+    The classifier's row of the picture's class, labels [B], times the feature map of its view
+    [B, 3, V, V]; the sum over all experts.
     """
+    maps = 0
+    for encoder in model.encoders:
+        for head, features in zip(encoder.heads, encoder.features(views)):
+            maps = maps + torch.einsum("bc,bchw->bhw", head.weight[labels], features.float())
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=1e-12)
+
+
+def draw_activation(path, model, tested, rows, predicted, names, recipe, device):
+    """Class activation maps of tail-class pictures, for the class that they are of."""
     canvas = Canvas(20 + 250 * min(3, len(rows)), 50 + 165 * math.ceil(len(rows) / 3))
-    canvas.text(20, 16, "class activation maps, tail classes of the test set", 13)
+    canvas.text(20, 16, "class activation maps of tail-class pictures", 13)
+    whole, labels = tested.views(rows, rows, recipe, 0), tested.labels[rows]
+    maps = activation_maps(model, evaluation_view(whole.to(device), recipe), labels.to(device))
+    maps = F.interpolate(maps[None].cpu(), (110, 110), mode="bicubic")[0].clamp(0, 1)
+    grey = F.interpolate(whole[0].float().mean(1, keepdim=True), (110, 110))  # [B, 1, 110, 110]
+    heat = [(2 * maps).clamp(0, 1), (2 * maps - 1).clamp(0, 1), 0.3 * (1 - maps)]
+    overlaid = (0.45 * grey + 0.55 * 255 * torch.stack(heat, dim=1)).byte()
     for n, row in enumerate(rows):
-        whole = tested.views([row], [0], recipe, 0)
-        label, guess = int(tested.labels[row]), int(predicted[row])
-        maps = 0
-        for encoder in model.encoders:
-            features = encoder.features(evaluation_view(whole.to(device), recipe))
-            for head, own in zip(encoder.heads, features):
-                maps = maps + torch.einsum("c,chw->hw", head.weight[label], own[0].float())
-        maps = (maps - maps.min()) / (maps.max() - maps.min()).clamp(min=1e-12)
-        maps = F.interpolate(maps[None, None], (110, 110), mode="bicubic")[0, 0].clamp(0, 1)
-        grey = F.interpolate(whole[0].float().mean(1, keepdim=True).to(device), (110, 110))[0]
-        heat = torch.stack([(2 * maps).clamp(0, 1), (2 * maps - 1).clamp(0, 1), 0.3 * (1 - maps)])
         left, top = 20 + 250 * (n % 3), 45 + 165 * (n // 3)
-        canvas.picture(whole[0, 0], left, top, 110)
-        canvas.picture((0.45 * grey + 0.55 * 255 * heat).byte(), left + 115, top, 110)
-        text = names[label] if guess == label else f"{names[label]}, taken for {names[guess]}"
-        canvas.text(left, top + 114, text[:34], 11, GREEN if guess == label else RED)
+        canvas.picture(whole[0, n], left, top, 110)
+        canvas.picture(overlaid[n], left + 115, top, 110)
+        name, guess = names[labels[n]], names[predicted[row]]
+        text = name if predicted[row] == labels[n] else f"{name}, taken for {guess}"
+        canvas.text(left, top + 114, text[:34], 11, GREEN if text == name else RED)
     canvas.save(path)
 
 
 def draw_neighbours(path, model, sets, tested, rows, names, recipe, loading, shown=8):
     """The training pictures nearest to tail-class test pictures in the backbone's features."""
-
-    def embedded(pictures):
+    trained, features = sets["train"], []
+    for pictures in (tested.subset(rows), trained):
         every = [embed_all(encoder, pictures, recipe, **loading) for encoder in model.encoders]
-        return F.normalize(torch.cat(every, dim=1), dim=1)
-
-    trained = sets["train"]
-    nearest = (embedded(tested)[rows] @ embedded(trained).T).topk(min(shown, len(trained))).indices
+        features.append(F.normalize(torch.cat(every, dim=1), dim=1))
+    nearest = (features[0] @ features[1].T).topk(min(shown, len(trained))).indices.tolist()
     canvas = Canvas(50 + 76 * (shown + 1), 40 + 92 * len(rows))
     canvas.text(20, 14, "tail-class test pictures, and the training pictures nearest to them", 13)
-    for n, (row, others) in enumerate(zip(rows, nearest.tolist())):
+    for n, (row, others) in enumerate(zip(rows, nearest)):
         top, label = 40 + 92 * n, int(tested.labels[row])
         canvas.picture(tested.views([row], [0], recipe, 0)[0, 0], 20, top, 70)
         canvas.text(20, top + 72, names[label][:11], 10)
@@ -450,9 +458,15 @@ def draw_neighbours(path, model, sets, tested, rows, names, recipe, loading, sho
 
 
 def read_log(run):
-    """The arguments and the records of a run's log.jsonl."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return lines[0]["arguments"], [line for line in lines[1:] if "loss" in line]
+    """The arguments and the records of a run's log.jsonl; BadInput if it has none."""
+    path, lines = run / "log.jsonl", []
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a last line cut short
+        for line in path.read_text().splitlines():
+            lines.append(json.loads(line))
+    records = [line for line in lines if "loss" in line]
+    if not records or "arguments" not in lines[0]:
+        raise BadInput(f"{path} holds no records to draw: name a run whose log is there")
+    return lines[0]["arguments"], records
 
 
 def by_size(records, bins):
@@ -475,30 +489,31 @@ def expected_share(args, counts, size):
     """
     counts = torch.tensor(counts, dtype=torch.double)
     own = counts[(counts >= size) & (counts < 2 * size)]
-    contrast = 2 * (args["batch_size"] - 1) + args["queue_size"]
+    parts = args["processes"] if args["contrast"] == "local" else 1
+    contrast = 2 * (args["batch_size"] // parts - 1) + args["queue_size"]
     scl = (1 / (1 + contrast * own / counts.sum())).mean().item()
     return scl if args["alpha"] is None else args["alpha"]
 
 
 def draw_own_key(path, runs, counts):
     """p(z+|z) by class size, during training and in its last tenth against theory."""
-    logs = [read_log(run) for run in runs]
-    logs = [(args, records) for args, records in logs if args["loss"] != "ce"]
+    logs = [(*read_log(run), run) for run in runs]
+    logs = [log for log in logs if log[0]["loss"] != "ce"]
     if not logs:
         return
     sizes = sorted(map(int, logs[0][1][0]["own_key"]))
     shades = {size: shade(0.3 + 0.7 * n / len(sizes)) for n, size in enumerate(sizes)}
     canvas, left = Canvas(420 + 310 * len(logs), 400), 55
-    colors = {}
-    for (args, records), color in zip(logs, (SHOTS["many"], SHOTS["medium"])):
+    names = []
+    for args, records, run in logs:
         name = "SCL" if args["alpha"] is None else f"DSCL, alpha {args['alpha']:g}"
-        colors[name] = color
+        names.append(f"{name} ({run})" if name in names else name)
         axes = Axes(
             canvas,
             (left, 60, 240, 270),
             (0, records[-1]["epoch"]),
             (0.001, 1),
-            f"p(z+|z) during training, {name}",
+            f"p(z+|z) during training, {names[-1]}",
             "epoch",
             log_y=True,
         )
@@ -517,8 +532,9 @@ def draw_own_key(path, runs, counts):
         log_x=True,
         log_y=True,
     )
-    axes.key(colors)
-    for (args, records), color in zip(logs, colors.values()):
+    colors = SHOTS["many"], SHOTS["medium"]
+    axes.key(dict(zip(names, colors)))
+    for (args, records, _), color in zip(logs, colors):
         last = {size: curve[-1][1] for size, curve in by_size(records, 10).items()}
         axes.line([(size * 2**0.5, value) for size, value in last.items()], color, 2)
         theory = [(size * 2**0.5, expected_share(args, counts, size)) for size in last]
@@ -557,36 +573,28 @@ def draw_views(path, view, boxes, patches, keys, recipe, shown=8):
     def pixels(images):
         return ((images.cpu().float() * std + mean) * 255).round().clamp(0, 255).byte()
 
-    patches = patches if patches is not None else view[None, :0]
+    columns = {"query view": view, "with boxes": view if boxes is not None else None}
+    columns["key view"] = keys
+    columns = {name: views for name, views in columns.items() if views is not None}
+    patches = () if patches is None else patches
     shown, side, small = min(shown, len(view)), 150, 84
-    columns = 2 + (keys is not None)
-    canvas = Canvas(
-        20 + columns * (side + 10) + len(patches) * (small + 8), 50 + shown * (side + 10)
-    )
-    captions = [
-        "query view",
-        "with boxes",
-        *["key view"] * (keys is not None),
-        *["patches"] * bool(len(patches)),
-    ]
-    for n, caption in enumerate(captions):
-        canvas.text(20 + n * (side + 10), 24, caption, 13)
+    width = (side + 10) * len(columns)
+    canvas = Canvas(20 + width + (small + 8) * len(patches), 50 + shown * (side + 10))
+    for n, name in enumerate([*columns, *["patches"] * bool(len(patches))]):
+        canvas.text(20 + n * (side + 10), 24, name, 13)
     palette = [SHOTS["few"], SHOTS["medium"], SHOTS["many"], GREEN, INK]
     for row in range(shown):
         top = 46 + row * (side + 10)
-        views = [view[row], view[row], *[keys[row]] * (keys is not None)]
-        for n, image in enumerate(views):
-            canvas.picture(pixels(image), 20 + n * (side + 10), top, side)
-        scale = side / view.shape[-1]
+        for n, views in enumerate(columns.values()):
+            canvas.picture(pixels(views[row]), 20 + n * (side + 10), top, side)
         for n in range(len(patches)):
-            x1, y1, x2, y2 = (scale * v for v in boxes[n, row].tolist())
-            left, color = 30 + side, palette[n % len(palette)]
-            canvas.box(left + x1, top + y1, left + x2, top + y2, outline=color, width=2)
-            left = 20 + columns * (side + 10) + n * (small + 8)
-            canvas.picture(pixels(patches[n, row]), left, top + 20, small)
-            canvas.box(
-                left - 2, top + 18, left + small + 2, top + small + 22, outline=color, width=2
-            )
+            color = palette[n % len(palette)]
+            x1, y1, x2, y2 = (v * side / view.shape[-1] for v in boxes[n, row].tolist())
+            x, y = 30 + side, top + 20
+            canvas.box(x + x1, top + y1, x + x2, top + y2, outline=color, width=2)
+            x = 20 + width + n * (small + 8)
+            canvas.picture(pixels(patches[n, row]), x, y, small)
+            canvas.box(x - 2, y - 2, x + small + 2, y + small + 2, outline=color, width=2)
     canvas.save(path)
 
 
@@ -641,26 +649,28 @@ def parse_args():
     return parser.parse_args()
 
 
-def export(path, model, recipe, device):
-    """Write the trained classifiers for use without this code.
+def export(path, model, pictures, recipe):
+    """Write the trained classifiers for use without this code, on any device.
 
     One expert of torchvision's architecture as a state dict that loads with strict=True; others as
-    a torch.export program from normalised views [B, 3, V, V] to logits, the mean over experts.
+    a torch.export program from views as evaluation_view makes them of `pictures`, [B, 3, V, V], to
+    logits, the mean over experts.
     """
-    run, size = model.runs[0], recipe["view_size"]
+    run, model = model.runs[0], copy.deepcopy(model).cpu()
     whole = (len(model.heads()), run["expert_width"]) == (1, 1) and run["arch"] != "resnet_small"
+    example = evaluation_view(pictures.views([0, 0], [0, 0], recipe, 0), recipe)
     if whole:
         state = model.encoders[0].state_dict()
         state = {n.replace("backbone.", "").replace("head.", "fc."): v for n, v in state.items()}
         save(path, state)
     else:
-        example = torch.zeros(2, 3, size, size, device=device)
         batch = {"images": {0: torch.export.Dim("batch", min=1)}}
         program = torch.export.export(MeanLogits(model), (example,), dynamic_shapes=batch)
         save(path, program, torch.export.save)
     kind = f"state dict of torchvision's {run['arch']}" if whole else "torch.export program"
     print(
-        f"wrote {path}, a {kind}; pictures from 0 to 1, mean {recipe['mean']}, std {recipe['std']}",
+        f"wrote {path}, a {kind}; for {list(example.shape[1:])} from 0 to 1, standardised by mean "
+        f"{recipe['mean']} and std {recipe['std']}",
         file=sys.stderr,
     )
 
@@ -670,7 +680,7 @@ class MeanLogits(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.encoders = copy.deepcopy(model.encoders).eval().requires_grad_(False)
+        self.encoders = model.encoders.eval().requires_grad_(False)
         self.encoders.to(memory_format=torch.contiguous_format)  # export warns of other strides
         self.experts = len(model.heads())
 
@@ -702,9 +712,11 @@ def draw(args, model, sets, results, recipe, loading):
     draw_activation(args.plots / "activation.png", *of_rows)
     of_rows = model, sets, tested, rows, names, recipe, loading
     draw_neighbours(args.plots / "neighbours.png", *of_rows)
-    runs = [path.parent for path in args.checkpoint[:1]] + [args.compare] * bool(other)
-    runs = [run for run in runs if (run / "log.jsonl").exists()]
-    draw_own_key(args.plots / "own_key.png", runs, results["counts"])
+    runs = [args.checkpoint[0].parent] + [args.compare] * bool(other)
+    try:
+        draw_own_key(args.plots / "own_key.png", runs, results["counts"])
+    except BadInput as error:  # a checkpoint may stand alone
+        print(f"own_key.png is left out: {error}", file=sys.stderr)
 
 
 def main():
@@ -743,13 +755,15 @@ def main():
                 f"the pictures in {args.data_root} are not those that {path} was trained with: "
                 "a test on them could be on pictures it has seen"
             )
+    # No step can take more than there are, and every process takes as many.
+    most = max(1, len(sets["train"]) // world) * world
+    given = args.batch_size or recipe_of(args.dataset, len(sets["train"]))["stage2"]["batch_size"]
+    args.batch_size = min(given, most)
     recipe = with_recipe(args, "stage2", len(sets["train"]))
     of_stage1 = args.epochs == 0  # the classifier of a --loss ce run as it is
     for path, run in zip(args.checkpoint, args.stage1):
         if of_stage1 and run["loss"] != "ce":
             raise BadInput(f"--epochs 0: {path} has no classifier; stage 1 trains one by --loss ce")
-    # No step can take more than there are, and every process takes as many.
-    args.batch_size = min(args.batch_size, max(1, len(sets["train"]) // world) * world)
     recipe = recipe | dict(view_size=first["view_size"])
     counts = sets["train"].labels.bincount()
     classes = len(counts)
@@ -863,7 +877,7 @@ def main():
         loading = dict(workers=args.workers, device=device)
         draw(args, model, sets, results, recipe, loading)
     if args.export:
-        export(args.export, model, recipe, device)
+        export(args.export, model, sets[reported], recipe)
 
 
 if __name__ == "__main__":

@@ -284,27 +284,32 @@ def only_lost_pictures(before, now):
     return before.keys() == now.keys() and all(map(kept, now))
 
 
+# What may differ while a run goes on.
 HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
-HARMLESS |= {"processes", "knn_epochs", "plots", "compare", "export", "summary"}
+HARMLESS |= {"processes", "checkpoint", "knn_epochs", "plots", "compare", "export", "summary"}
 
 
 def same_settings(path, before, now):
-    """What differs between a run's settings before and now, if that changes no result.
+    """What differs between a run's settings before and now, if it may while the run goes on.
 
-    BadInput lists the differences if one of them would.
+    BadInput lists the differences if one of them may not.
     """
     differ = {
         name: f"{name} was {before.get(name)}, now {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     }
-    harmless = HARMLESS
+    if "stage1" in differ:  # the arguments of runs
+        runs = zip(before["stage1"], now["stage1"])
+        names = {name for old, new in runs for name in new if new[name] != old.get(name)}
+        differ["stage1"] = f"stage 1 is another in {', '.join(sorted(names)) or 'its runs'}"
+    harmless = HARMLESS - ({"processes"} if now.get("contrast") == "local" else set())
     if "data" in differ:
         sizes = [{s: part["pictures"] for s, part in run["data"].items()} for run in (before, now)]
         now_are = "others" if sizes[0] == sizes[1] else sizes[1]
         differ["data"] = f"pictures were {sizes[0]}, now {now_are}"
         if only_lost_pictures(before["data"], now["data"]):
-            harmless = HARMLESS | {"data"}
+            harmless = harmless | {"data"}
     if differ.keys() - harmless:
         listed = "; ".join(text for name, text in differ.items() if name not in harmless)
         raise BadInput(f"{path} is of another run ({listed}); choose another --output")
@@ -466,8 +471,8 @@ def parse_args():
         "--contrast",
         choices=("global", "local"),
         default="global",
-        help="DSCL's contrast within the batch: among all processes, so that any number of them "
-        "computes the same, or within each process, as the published code (default: global)",
+        help="DSCL's contrast within the batch: among all processes, so that their number changes "
+        "no loss, or within each process, as the published code (default: global)",
     )
     parser.add_argument(
         "--save-minutes",
@@ -489,7 +494,8 @@ def parse_args():
     parser.setting(
         "--knn-epochs",
         number(int, 0),
-        "epochs between two looks at what a nearest-neighbour classifier makes of val, 0 for none",
+        "epochs between two measurements of kNN accuracy (k = 10) on val, which the first process "
+        "makes alone; 0 for none",
     )
     args = parser.parse_args()
     if args.patch_scale and args.patch_scale[0] > args.patch_scale[1]:
@@ -680,14 +686,14 @@ def open_log(path, args, splits, step, changes):
             for line in path.read_text().splitlines(keepends=True):
                 if json.loads(line).get("step", 0) <= step:
                     lines.append(line)
-        if changes:
-            lines.append(json.dumps(dict(resumed=True, step=step, changes=changes)) + "\n")
-    else:
+    if not lines:
         versions = {"python": sys.version.split()[0]}
         versions |= {m.__name__: m.__version__ for m in (torch, torchvision)}
         header = dict(command=shlex.join(sys.argv), versions=versions, splits=splits)
         header["arguments"] = plain(args)
         lines = [json.dumps(header) + "\n"]
+    if step and changes:
+        lines.append(json.dumps(dict(resumed=True, step=step, changes=changes)) + "\n")
     save_text(path, "".join(lines))
     return open(path, "a", buffering=1)
 
@@ -799,7 +805,7 @@ def main():
             states = {name: part.state_dict() for name, part in parts.items()}
             save(path, dict(stage=STAGE, args=plain(args), step=step, sums=rows, **states))
 
-    looks = set()  # the steps after which val is looked at
+    looks, broken = set(), None  # the steps after which val is looked at
     if args.knn_epochs:
         looks = {steps, *range(0, steps, per_epoch * args.knn_epochs)}
     views = 2 if contrastive else 1
@@ -861,8 +867,11 @@ def main():
                     }
                 text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
                 if step in looks:
-                    record["knn"] = look_at_val(encoder, sets, recipe, args, device)
-                    text += f"  knn {record['knn']:.1f}"
+                    try:
+                        record["knn"] = look_at_val(encoder, sets, recipe, args, device)
+                        text += f"  knn {record['knn']:.1f}"
+                    except BadInput as error:  # a broken picture: after a checkpoint
+                        broken = error
                     model.train()
                 print(json.dumps(record), file=log)
                 progress.show(
@@ -872,6 +881,8 @@ def main():
             sums, since, began, timed = torch.zeros_like(sums), 0, time.monotonic(), step
         if step % per_epoch == 0:
             checkpoint()
+        if broken:
+            raise broken
 
     if args.plots and rank == 0:
         from eval import draw_curves

@@ -8,7 +8,7 @@ import torchvision
 from PIL import Image
 
 import eval as stage2
-from data import BadInput, Pictures
+from data import DATASETS, BadInput, Pictures, evaluation_view
 from eval import LinearProbes, count_right, metrics, table
 from train import load_batches, shard
 
@@ -107,7 +107,8 @@ def test_the_summary_groups_runs_that_differ_in_seed_alone(tmp_path, capsys):
         stage2.summary([tmp_path / "unfinished"])
 
 
-RECIPE = dict(view_size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
+RECIPE = DATASETS["fashion_mnist_lt"] | dict(view_size=20)
+PICTURES = Pictures(torch.arange(48 * 28 * 28).view(48, 1, 28, 28).byte(), torch.arange(48) % 7, "")
 
 
 def probes(arch, experts=1, width=1.0, runs=1):
@@ -121,7 +122,7 @@ def probes(arch, experts=1, width=1.0, runs=1):
 
 def test_an_exported_resnet_is_torchvisions_own(tmp_path):
     model = probes("resnet18")
-    stage2.export(tmp_path / "resnet18.pth", model, RECIPE, torch.device("cpu"))
+    stage2.export(tmp_path / "resnet18.pth", model, PICTURES, RECIPE)
     resnet = torchvision.models.resnet18(num_classes=7).eval()
     state = torch.load(tmp_path / "resnet18.pth", weights_only=True)
     resnet.load_state_dict(state, strict=True)
@@ -131,7 +132,7 @@ def test_an_exported_resnet_is_torchvisions_own(tmp_path):
 
 @pytest.mark.parametrize("arch", ["resnet50", "resnext50_32x4d", "resnet152"])
 def test_the_names_of_an_exported_state_are_torchvisions(arch, tmp_path):
-    stage2.export(tmp_path / "whole.pth", probes(arch), RECIPE, torch.device("cpu"))
+    stage2.export(tmp_path / "whole.pth", probes(arch), PICTURES, RECIPE)
     with torch.device("meta"):
         resnet = torchvision.models.get_model(arch, num_classes=7)
     state = torch.load(tmp_path / "whole.pth", weights_only=True)
@@ -141,10 +142,10 @@ def test_the_names_of_an_exported_state_are_torchvisions(arch, tmp_path):
 @pytest.mark.parametrize("experts, runs", [(1, 1), (2, 2)])
 def test_an_exported_program_gives_the_mean_of_all_logits_for_any_batch(experts, runs, tmp_path):
     model = probes("resnet_small", experts, 0.5, runs)
-    stage2.export(tmp_path / "small.pt2", model, RECIPE, torch.device("cpu"))
+    stage2.export(tmp_path / "small.pt2", model, PICTURES, RECIPE)
     program = torch.export.load(tmp_path / "small.pt2").module()
     for batch in (1, 5):
-        images = torch.randn(batch, 3, 32, 32)
+        images = evaluation_view(PICTURES.images[None, :batch], RECIPE)  # whole, as in evaluation
         torch.testing.assert_close(program(images), model(images).mean(0), rtol=1e-4, atol=1e-5)
 
 
@@ -172,7 +173,7 @@ def test_the_confusion_matrix_is_sorted_by_training_pictures(tmp_path):
     stage2.draw_confusion(tmp_path / "c.png", predicted, labels, counts, ["a", "b", "c"])
 
     def cell(row, column):
-        return pixel(tmp_path / "c.png", 110 + 50 * column + 5, 80 + 50 * row + 5)
+        return pixel(tmp_path / "c.png", 110 + 166 * column + 5, 80 + 166 * row + 5)
 
     sure, never = stage2.shade(1), stage2.shade(0)
     assert [cell(0, n) for n in range(3)] == [sure, never, never]  # class 2, taken for itself
@@ -200,11 +201,79 @@ def test_the_sheet_of_views_shows_the_pixels_that_the_network_saw(tmp_path):
         assert pixel(tmp_path / "v.png", 180 + 38, y) == stage2.SHOTS["few"]
 
 
+def test_the_sheet_needs_neither_patches_nor_keys(tmp_path):
+    recipe = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+    stage2.draw_views(tmp_path / "v.png", torch.ones(2, 3, 16, 16), None, None, None, recipe)
+    assert pixel(tmp_path / "v.png", 95, 121) == (191, 191, 191)
+
+
+def test_an_activation_map_is_high_where_the_pictures_class_is_seen():
+    model = probes("resnet_small", experts=2)
+    features = torch.zeros(2, 128, 7, 7)
+    features[:, 5, 2, 3] = features[:, 6, 4, 1] = 1.0
+    for head in model.heads():
+        head.weight.data.zero_()
+        head.weight.data[0, 5] = head.weight.data[1, 6] = 1.0
+    model.encoders[0].features = lambda views: [features, features]
+    maps = stage2.activation_maps(model, None, torch.tensor([0, 1]))
+    expected = torch.zeros(2, 7, 7)
+    expected[0, 2, 3] = expected[1, 4, 1] = 1.0
+    torch.testing.assert_close(maps, expected)
+
+
+def test_the_nearest_training_pictures_come_first(tmp_path):
+    model, rows = probes("resnet_small"), [3, 5]
+    images = torch.randint(256, (40, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    trained = Pictures(images.byte(), torch.arange(40) % 7, "")
+    tested = trained.subset(torch.arange(20))
+    tested.labels[5] = 6  # its twin in the training set is of class 5
+    loading, names = dict(workers=0, device=torch.device("cpu")), list("abcdefg")
+    stage2.draw_neighbours(
+        tmp_path / "n.png", model, {"train": trained}, tested, rows, names, RECIPE, loading
+    )
+    with Image.open(tmp_path / "n.png") as image:
+        for n, color in enumerate((stage2.GREEN, stage2.RED)):
+            top = 40 + 92 * n
+            twins = [image.crop((left, top, left + 70, top + 70)) for left in (20, 112)]
+            middle = [twin.crop((2, 2, 68, 68)).tobytes() for twin in twins]
+            assert middle[0] == middle[1] and image.getpixel((111, top + 35)) == color
+
+
+def write_log(run, probability, **arguments):
+    run.mkdir()
+    arguments = dict(loss="dscl", alpha=0.1, contrast="global", processes=1) | arguments
+    header = dict(arguments=arguments | dict(batch_size=65, queue_size=872))
+    records = [
+        dict(epoch=epoch, step=epoch, loss=1.0, own_key={"64": probability, "256": probability})
+        for epoch in range(1, 31)
+    ]
+    lines = [json.dumps(line) for line in (header, *records)]
+    (run / "log.jsonl").write_text("\n".join(lines) + '\n{"epoch": 3')  # cut short by a kill
+    return run
+
+
+def test_each_runs_own_key_probability_is_drawn_though_their_names_are_alike(tmp_path):
+    runs = [write_log(tmp_path / "a", 0.5), write_log(tmp_path / "b", 0.02)]
+    stage2.draw_own_key(tmp_path / "p.png", runs, [100, 300, 600])
+    axes = stage2.Axes(
+        stage2.Canvas(1, 1), (735, 60, 200, 270), (64, 512), (0.001, 1), log_x=True, log_y=True
+    )
+    for probability, color in zip((0.5, 0.02), (stage2.SHOTS["many"], stage2.SHOTS["medium"])):
+        x, y = axes.at(180, probability)
+        near = [pixel(tmp_path / "p.png", round(x), round(y) + d) for d in (-1, 0, 1)]
+        assert color in near
+    (tmp_path / "c").mkdir()
+    with pytest.raises(BadInput, match="log.jsonl holds no records to draw"):
+        stage2.draw_own_key(tmp_path / "p.png", [tmp_path / "c"], [100, 300, 600])
+
+
 def test_theory_is_alpha_under_dscl_and_one_over_the_positives_under_scl():
-    args = dict(alpha=0.1, batch_size=65, queue_size=872)
+    args = dict(alpha=0.1, batch_size=65, queue_size=872, contrast="global", processes=2)
     assert stage2.expected_share(args, [100, 300, 600], 64) == 0.1
     # 1000 others in the contrast set, of which a tenth are of the class of 100.
     assert stage2.expected_share(args | dict(alpha=None), [100, 300, 600], 64) == 1 / 101
+    local = args | dict(alpha=None, batch_size=130, contrast="local")
+    assert stage2.expected_share(local, [100, 300, 600], 64) == 1 / 101
 
 
 def test_the_tail_pictures_are_of_the_few_shot_classes_in_turn():

@@ -22,7 +22,7 @@ import benchmark
 import eval as stage2
 import train
 from data import DATASETS, HERE, Batches, evaluation_view, load_dataset
-from models import Encoder
+from models import Encoder, build_backbone
 
 TINY = ["--epochs", "2", "--batch-size", "64", "--patches", "1", "--queue-size", "100"]
 
@@ -127,6 +127,28 @@ def test_the_same_seed_gives_the_same_to_the_bit_and_another_does_not(
         assert same == ([True] * 3 if seed == 0 else [False] * 3)
 
 
+def test_stage_2_may_move_and_names_what_changed_in_stage_1(trained, small_root, tmp_path, call):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(trained[0], run)
+    run.rename(moved)
+    options = ["--output", moved, "--data-root", small_root, "--epochs", 2]
+    (moved / "log.jsonl").unlink()
+    said = call(stage2, *options, "--plots", tmp_path).err
+    assert "own_key.png is left out" in said and "holds no records" in said
+    content = torch.load(moved / "checkpoint.pth", weights_only=True)
+    torch.save(content | dict(step=17), moved / "checkpoint.pth")
+    with pytest.raises(train.BadInput, match=r"another run \(stage 1 is another in step\)"):
+        call(stage2, *options)
+
+
+def test_with_local_contrast_the_number_of_processes_must_stay():
+    before, now = ({"contrast": "local", "processes": n} for n in (1, 2))
+    with pytest.raises(train.BadInput, match="processes was 1, now 2"):
+        train.same_settings("checkpoint.pth", before, now)
+    before, now = ({"contrast": "global", "processes": n} for n in (1, 2))
+    assert train.same_settings("checkpoint.pth", before, now) == ["processes was 1, now 2"]
+
+
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
     trained, small_root, tmp_path, call
 ):
@@ -178,9 +200,13 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_that_step(
     with pytest.raises(train.Stopped):
         call(train, *arguments)
     assert checkpoint(tmp_path)["step"] == 13
+    if number == signal.SIGUSR1:
+        (tmp_path / "log.jsonl").unlink()
     call(train, *arguments)
     assert len(calls) == 18  # no step was done twice
-    assert records(tmp_path)[1] == records(trained[0])[1]
+    header, steps = records(tmp_path)
+    assert header["arguments"]["epochs"] == 2  # a log that is gone gets a header as well
+    assert steps == records(trained[0])[1][-len(steps) :]
     assert states_equal(checkpoint(tmp_path), checkpoint(trained[0]))
 
 
@@ -305,16 +331,20 @@ def test_nearest_neighbours_vote_by_their_cosine_and_classes_count_alike():
 
 
 class HostReads(TorchDispatchMode):
-    """Notes how many steps had begun whenever the host reads a tensor's value."""
-
-    operations = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+    """Notes how many steps had begun whenever the host waits for a tensor's value."""
 
     def __init__(self, begun):
         super().__init__()
         self.begun, self.seen = begun, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in self.operations:
+        indexed = function.overloadpacket.__name__ in ("index", "index_put_", "_index_put_impl_")
+        if indexed:  # by a mask it depends on how much that has, by numbers it does not
+            waits = any(i is not None and i.dtype == torch.bool for i in args[1])
+        else:
+            tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+            waits = tags & set(function.tags)
+        if waits:
             self.seen.append(len(self.begun))
         return function(*args, **(kwargs or {}))
 
@@ -377,7 +407,9 @@ def test_the_loss_of_experts_is_the_mean_of_each_ones_own(monkeypatch):
     dscl, pbsd = (torch.stack([value for value, _ in calls]) for calls in seen.values())
     assert len(dscl) == len(pbsd) == 3 and dscl.unique().numel() == 3
     torch.testing.assert_close(total, dscl.mean() + args.pbsd_weight * pbsd.mean())
-    for number, (_, rows) in enumerate(seen["dscl_and_own_key"]):  # query, key, labels, bank, its labels
+    for number, (_, rows) in enumerate(
+        seen["dscl_and_own_key"]
+    ):  # query, key, labels, bank, its labels
         assert rows[0].shape == rows[1].shape == (128, 128) and rows[3].shape == (200, 128)
         assert seen["pbsd_loss"][number][1][3] is rows[3]
     # The queue has taken each expert's own keys.
@@ -539,6 +571,38 @@ def test_a_picture_that_cannot_be_read_ends_training_with_its_name(imagenet_tree
     )
     assert records(tmp_path / "a")[1] == records(tmp_path / "b")[1]
     assert states_equal(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+
+
+def test_a_broken_picture_of_val_ends_training_after_a_checkpoint(imagenet_tree, tmp_path, call):
+    root = tmp_path / "data"
+    shutil.copytree(imagenet_tree, root)
+    broken = root / "train" / "n00000001" / "val_1.JPEG"
+    broken.write_bytes(b"no picture")
+    options = [*FILES[:2], "--workers", 0, *FILES[4:], "--arch", "resnet18", "--data-root", root]
+    with pytest.raises(train.BadInput, match=f"{broken} cannot be read"):
+        call(train, *options, "--output", tmp_path / "run", "--epochs", 2, "--knn-epochs", 1)
+    assert checkpoint(tmp_path / "run")["step"] == 2
+    (record,) = records(tmp_path / "run")[1]
+    assert record["step"] == 2 and "knn" not in record
+
+
+def test_every_expert_starts_from_the_pretrained_weights(tmp_path, call, monkeypatch, small_root):
+    torch.manual_seed(3)
+    backbone, _ = build_backbone("resnet18")
+    torch.save(backbone.state_dict(), tmp_path / "resnet18.pth")
+    started = []
+    monkeypatch.setattr(
+        train, "MomentumEncoder", lambda encoder, m: started.append(encoder) or sys.exit(0)
+    )
+    options = ["--arch", "resnet18", "--experts", 3, "--pretrained", tmp_path / "resnet18.pth"]
+    with pytest.raises(SystemExit):
+        call(train, *TINY, *options, "--data-root", small_root, "--output", tmp_path / "run")
+    (encoder,) = started
+    assert len(encoder.experts) == 2
+    for expert in encoder.experts:
+        for layer, trained in backbone.state_dict().items():
+            if layer.startswith(("layer3", "layer4")):
+                assert torch.equal(expert["layers"].state_dict()[layer], trained)
 
 
 def test_a_run_goes_on_with_fewer_pictures_but_not_with_others(imagenet_tree, tmp_path, call):
