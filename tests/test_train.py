@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import TREE_COUNTS, records, states_equal
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -678,7 +679,11 @@ def test_results_say_which_split_they_are_of(
     options = ["--dataset", dataset, "--data-root", root, "--index-dir", tmp_path, *FILES[4:]]
     said = call(train, *output, *options, "--arch", "resnet18", "--loss", "ce").err
     assert ("held out" in said) == (dataset == "imagefolder")
-    said = call(stage2, *output).err
+    said = call(stage2, *output, "--plots", tmp_path, "--export", tmp_path / "whole.pth").err
+    whole = torch.load(tmp_path / "whole.pth", weights_only=True)
+    torchvision.models.resnet18(num_classes=4).load_state_dict(whole)
+    for name in ("accuracy", "confusion", "activation", "neighbours"):
+        assert (tmp_path / f"{name}.png").exists()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["reported_on"], results["chosen_on"]) == (reported, chosen)
     assert (results["val"] is None) == (chosen is None) and results["epoch"] == 1
