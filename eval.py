@@ -248,7 +248,7 @@ class Canvas:
         for (x, y), (to_x, to_y) in zip(points, points[1:]):
             pieces = max(1, int(math.hypot(to_x - x, to_y - y) / 14))
             for n in range(pieces):
-                a, b = n / pieces, (n + 0.55) / pieces
+                a, b = n / pieces, (n + 0.5) / pieces
                 ends = [(x + t * (to_x - x), y + t * (to_y - y)) for t in (a, b)]
                 self.draw.line(ends, color, round(2 * width))
 
@@ -328,13 +328,19 @@ def ticks(low, high, log=False):
 
 
 def draw_accuracy(path, results, names, other=None):
-    """Accuracy by class, sorted by training pictures, shots marked; another run's as dots."""
+    """Accuracy by class, sorted by training pictures, shots marked; another run's as dots.
+
+    More than 100 classes are too many for dots: there lines show means over 25 neighbours.
+    """
     counts = torch.tensor(results["counts"])
     order = counts.argsort(descending=True, stable=True).tolist()
     width = max(560, min(1200, 56 * len(order)))
     canvas = Canvas(width + 90, 420)
     title = f"top-1 on {results['reported_on']} by class, in all {results['all']:.2f}"
-    title += f"; dots: {other['name']}, in all {other['all']:.2f}" if other else ""
+    many = len(order) > 100
+    if other:
+        mark = "dashed" if many else "dots"
+        title += f"; {mark}: {other['name']}, in all {other['all']:.2f}"
     canvas.text(50, 12, title, 13)
     axes = Axes(canvas, (50, 60, width, 280), (0, len(order)), (0, 100))
     group_of = {}
@@ -346,16 +352,26 @@ def draw_accuracy(path, results, names, other=None):
             text = f"{group} {results[group]:.1f}" + (f" / {other[group]:.1f}" if other else "")
             canvas.text((left + right) / 2, 55, text, 12, SHOTS[group], "mb")
             canvas.line([(right, 60), (right, 340)], FAINT)
-    gap = 0.1 if len(order) <= 100 else 0
+    gap = 0 if many else 0.1
     for n, label in enumerate(order):
         value = results["per_class"][label]
         if value is not None:
             left, top = axes.at(n + gap, value)
             canvas.box(left, top, axes.at(n + 1 - gap, 0)[0], 340, SHOTS[group_of[n]])
-        if other and other["per_class"][label] is not None:
+        if other and not many and other["per_class"][label] is not None:
             x, y = axes.at(n + 0.5, other["per_class"][label])
             canvas.box(x - 4, y - 4, x + 4, y + 4, "white")
             canvas.box(x - 3, y - 3, x + 3, y + 3, INK)
+    for run in (results, other) if many and other else ():
+        values = [run["per_class"][label] for label in order]
+        around = [
+            [v for v in values[max(0, n - 12) : n + 13] if v is not None]
+            for n in range(len(values))
+        ]
+        means = [
+            (n + 0.5, statistics.mean(near) if near else None) for n, near in enumerate(around)
+        ]
+        axes.line(means[::5], INK, 2, dashed=run is other)
     if len(order) <= 20:
         for n, label in enumerate(order):
             x = axes.at(n + 0.5, 0)[0]
