@@ -179,7 +179,7 @@ def settings_of(results):
     for name in sorted(names):
         values = {json.dumps(run.get(name)) for run in results["stage1"]}
         settings[name] = ", ".join(sorted(values)).strip('"')
-    same = train.HARMLESS | {"seed", "data", "checkpoint", "dataset", "imbalance"}
+    same = train.HARMLESS | {"seed", "data", "dataset", "imbalance"}  # said of stage 1
     for name in sorted(results["arguments"].keys() - same):
         settings[f"stage 2 {name}"] = json.dumps(results["arguments"][name]).strip('"')
     return settings
