@@ -501,14 +501,18 @@ def by_size(records, bins):
 def expected_share(args, counts, size):
     """What theory says of p(z+|z) in classes of [size, 2 size) training pictures.
 
-    alpha under DSCL, 1 / (|P| + 1) under SCL, for the |P| to be expected in batch and queue.
+    The optimum is alpha under DSCL, 1 where |P| = 0, and 1 / (|P| + 1) under SCL: here their mean
+    over |P|, Poisson-distributed around its share of batch and queue.
     """
     counts = torch.tensor(counts, dtype=torch.double)
     own = counts[(counts >= size) & (counts < 2 * size)]
     parts = args["processes"] if args["contrast"] == "local" else 1
     contrast = 2 * (args["batch_size"] // parts - 1) + args["queue_size"]
-    scl = (1 / (1 + contrast * own / counts.sum())).mean().item()
-    return scl if args["alpha"] is None else args["alpha"]
+    positives = contrast * own / counts.sum()
+    none = (-positives).exp()
+    alpha = args["alpha"]
+    share = (1 - none) / positives if alpha is None else alpha + (1 - alpha) * none
+    return share.mean().item()
 
 
 def draw_own_key(path, runs, counts):
@@ -582,7 +586,7 @@ def draw_curves(path, run):
     canvas.save(path)
 
 
-def draw_views(path, view, boxes, patches, keys, recipe, shown=8):
+def draw_views(path, view, boxes, patches, keys, recipe, shown=4):
     """Query views, their boxes and patches and the key views, as the networks saw them."""
     mean, std = (torch.tensor(recipe[name])[:, None, None] for name in ("mean", "std"))
 

@@ -269,11 +269,17 @@ def test_each_runs_own_key_probability_is_drawn_though_their_names_are_alike(tmp
 
 def test_theory_is_alpha_under_dscl_and_one_over_the_positives_under_scl():
     args = dict(alpha=0.1, batch_size=65, queue_size=872, contrast="global", processes=2)
-    assert stage2.expected_share(args, [100, 300, 600], 64) == 0.1
-    # 1000 others in the contrast set, of which a tenth are of the class of 100.
-    assert stage2.expected_share(args | dict(alpha=None), [100, 300, 600], 64) == 1 / 101
-    local = args | dict(alpha=None, batch_size=130, contrast="local")
-    assert stage2.expected_share(local, [100, 300, 600], 64) == 1 / 101
+    # 1000 others in the contrast set; of them 100 are of the class of 100, and 2 of that of 2.
+    for size, counts, positives in ((64, [100, 900], 100.0), (2, [2, 998], 2.0)):
+        drawn = torch.distributions.Poisson(torch.tensor(positives, dtype=torch.double))
+        number = torch.arange(400, dtype=torch.double)
+        weights = drawn.log_prob(number).exp()
+        for alpha in (0.1, None):
+            share = 1 / (number + 1) if alpha is None else torch.full_like(number, alpha)
+            expected = (weights * torch.where(number == 0, 1.0, share)).sum().item()
+            for run in (args, args | dict(batch_size=130, contrast="local")):
+                given = stage2.expected_share(run | dict(alpha=alpha), counts, size)
+                assert given == pytest.approx(expected)
 
 
 def test_the_tail_pictures_are_of_the_few_shot_classes_in_turn():
