@@ -189,7 +189,7 @@ def summary(runs):
     """A table of runs, those that differ in seed alone in one row: mean and standard deviation."""
     groups = {}
     finished = [run for run in runs if (run / "results.json").exists()]
-    if len(finished) < len(runs):
+    if 0 < len(finished) < len(runs):
         print(f"{len(runs) - len(finished)} of {len(runs)} have no results yet", file=sys.stderr)
     for results in map(read_results, finished or runs):
         groups.setdefault(tuple(settings_of(results).items()), []).append(results)
