@@ -1,168 +1,110 @@
-"""Data sets with their recipes, long-tailed subsets, samplers, and the views the method trains on.
+"""Data sets with their recipes, long-tailed subsets, batches, and the views the method trains on.
 
-DATASETS is the one place where a data set's settings stand; a command line flag wins over it.
+    python data.py --dataset imagenet_lt --data-root DIR              # check a set before training
+    python data.py --dataset cifar100_lt --data-root DIR --download   # fetch it as well
+    python data.py --views views.png                                  # draw what the networks see
 
-    python data.py --dataset imagenet_lt --data-root DIR             # check a set before training
-    python data.py --dataset cifar100_lt --data-root DIR --download  # fetch it as well
-
-prints what every split holds and the problems found; exit code 1 if there are any.
+prints what every split holds and what is wrong with its files; exit code 1 if anything is.
 """
 
+import argparse
 import json
 import math
 import os
 import sys
+import time
 import zipfile
 from contextlib import contextmanager
 from copy import copy
-from functools import lru_cache
+from datetime import timedelta
+from functools import lru_cache, partial
 from hashlib import sha256
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
 HERE = Path(__file__).resolve().parent
+DEFAULT = "fashion_mnist_lt"
 
-# Small pictures, held in memory; whole ones go to the device and are cut there. Everything but tau,
-# alpha and the boxes is ours, chosen on held-out pictures of Fashion-MNIST-LT.
-SMALL = dict(
-    cut="device",
-    workers=0,
-    crop_scale=(0.3, 1.0),  # of the picture's area
-    query_jitter=(0.2, 0.2, 0.2, 0.1),  # brightness, contrast, saturation, hue
-    query_jitter_p=0.8,
-    key_jitter=(0.2, 0.2, 0.2, 0.0),
-    grey_p=0.2,
-    blur_p=0.0,  # 28 pixels are blurred enough
-    stage1=dict(
-        arch="resnet_small",
-        experts=1,
-        expert_width=1.0,
-        pretrained="none",
-        view_size=20,
-        patch_size=8,
-        patch_scale=(0.05, 0.6),  # of the query view's area
-        epochs=120,
-        warmup_epochs=5,
-        batch_size=128,
-        lr=0.3,
-        weight_decay=5e-4,
-        queue_size=256,
-        momentum_encoder=0.99,
-        temperature=0.07,
-        alpha=0.1,
-        pbsd_weight=0.3,
-        patches=2,
-        knn_epochs=10,
-    ),
-    stage2=dict(
-        epochs=20,
-        batch_size=256,
-        lr=10.0,
-        weight_decay=5e-4,
-        milestones=(0.5, 0.75),  # of the epochs; the learning rate falls to a tenth at each
-        augment=False,  # heavy crops of 28 pixels shift what a small frozen backbone gives
-        bn="eval",
-    ),
-)
+# ------------------------------------------------------------------------------------- recipes
 
-# Photographs on disk, decoded and cut by workers. The settings of ImageNet-LT in the paper and its
-# published code (sections 5 and 6 of the method), where nothing else is said.
+
+def row(base, **changes):
+    """A recipe, and what differs from it."""
+    return base | {k: base.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()}
+
+
+# Photographs on disk, decoded and cut by workers: the paper's ImageNet-LT, and where the paper is
+# silent its published code. All of it are flags, which VIEWS here, STAGE1 in train.py and STAGE2 in
+# eval.py explain.
 PHOTOGRAPHS = dict(
-    cut="worker",
-    workers=None,  # the machine's cores, shared among its processes
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    crop_scale=(0.08, 1.0),
-    query_jitter=(0.4, 0.4, 0.4, 0.1),
-    query_jitter_p=0.8,
-    key_jitter=(0.4, 0.4, 0.4, 0.0),
-    grey_p=0.2,
-    blur_p=0.5,
+    views=dict(
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        view_size=224, crop_scale=(0.08, 1.0), grey_p=0.2, blur_p=0.5,
+        query_jitter=(0.4, 0.4, 0.4, 0.1), query_jitter_p=0.8, key_jitter=(0.4, 0.4, 0.4, 0.0),
+        patches=5, patch_size=64, patch_scale=(0.05, 0.6),
+    ),
     stage1=dict(
-        arch="resnet50",
-        experts=1,
-        expert_width=1.0,
-        pretrained="none",
-        view_size=224,
-        patch_size=64,
-        patch_scale=(0.05, 0.6),
-        epochs=200,
-        warmup_epochs=10,
-        batch_size=256,
-        lr=0.1,
-        weight_decay=5e-4,
-        queue_size=65536,
-        momentum_encoder=0.999,
-        temperature=0.07,
-        alpha=0.1,
-        pbsd_weight=1.5,
-        patches=5,
-        knn_epochs=0,  # it would decode all of them
+        arch="resnet50", pretrained="none", experts=1,
+        epochs=200, warmup_epochs=10, batch_size=256, lr=0.1, weight_decay=5e-4,
+        queue_size=65536, momentum_encoder=0.999,
+        temperature=0.07, alpha=0.1, pbsd_weight=1.5,
     ),
     stage2=dict(
-        epochs=40,
-        batch_size=2048,
-        lr=10.0,
-        weight_decay=0.0,
-        milestones=(0.5, 0.75),
-        augment=True,
-        bn="eval",  # ours, as patches leave the running statistics alone; published: train
+        epochs=40, batch_size=2048, lr=10.0, weight_decay=0.0, milestones=(0.5, 0.75),
+        augment=True, bn="train",  # as the published code: the test sees statistics of all classes
     ),
 )
 
-
-def row(base, stage1={}, stage2={}, **settings):
-    """A data set's recipe: its kind's, and what differs from that."""
-    stages = dict(stage1=base["stage1"] | stage1, stage2=base["stage2"] | stage2)
-    return base | settings | stages
-
+# Small pictures in memory, cut on the device. What differs is ours, chosen on held-out pictures of
+# Fashion-MNIST-LT: so few pixels are blurred enough, and crops of them shift what a small frozen
+# backbone gives.
+SMALL = row(
+    PHOTOGRAPHS,
+    views=dict(view_size=32, crop_scale=(0.3, 1.0), blur_p=0.0, patches=2, patch_size=16),
+    stage1=dict(
+        arch="resnet_small", warmup_epochs=5, batch_size=128, lr=0.6,
+        queue_size=1024, momentum_encoder=0.99, pbsd_weight=0.3,
+    ),
+    stage2=dict(epochs=20, batch_size=256, weight_decay=5e-4, augment=False, bn="eval"),
+)
 
 DATASETS = {
-    # 28 x 28 grey, 1000 to 10 pictures a class; a recipe for five minutes on two CPU cores.
+    # 28 x 28 grey, 1000 to 10 pictures a class; a recipe for minutes on two CPU cores.
     "fashion_mnist_lt": row(
         SMALL,
-        source="npz",
-        root=HERE / "tests",
-        imbalance=100.0,  # the largest class over the smallest
+        source="npz", root=HERE / "tests",
         names="T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split(),
-        mean=(0.286,) * 3,
-        std=(0.353,) * 3,
+        views=dict(
+            mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353), view_size=20, patch_size=8,
+            query_jitter=(0.2, 0.2, 0.2, 0.1), key_jitter=(0.2, 0.2, 0.2, 0.0),
+        ),
+        stage1=dict(epochs=120, queue_size=256),
     ),
-    # 32 x 32; --imbalance. The paper has no CIFAR: all is ours, carried over and not tuned.
+    # 32 x 32; imbalance: the largest class over the smallest. The paper has no CIFAR: all is ours,
+    # carried over and not tuned.
     "cifar10_lt": row(
-        SMALL,
-        source="cifar",
-        imbalance=100.0,
-        mean=(0.491, 0.482, 0.447),
-        std=(0.247, 0.243, 0.262),
-        query_jitter=(0.4, 0.4, 0.4, 0.1),
-        key_jitter=(0.4, 0.4, 0.4, 0.0),
-        stage1=dict(view_size=32, patch_size=16, epochs=200, queue_size=1024, knn_epochs=0),
+        SMALL, source="cifar", files=CIFAR10, imbalance=100.0,
+        views=dict(mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262)),
     ),
     "cifar100_lt": row(
-        SMALL,
-        source="cifar",
-        imbalance=100.0,
-        mean=(0.507, 0.487, 0.441),
-        std=(0.267, 0.256, 0.276),
-        query_jitter=(0.4, 0.4, 0.4, 0.1),
-        key_jitter=(0.4, 0.4, 0.4, 0.0),
-        stage1=dict(view_size=32, patch_size=16, epochs=200, queue_size=1024, knn_epochs=0),
+        SMALL, source="cifar", files=CIFAR100, imbalance=100.0,
+        views=dict(mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276)),
     ),
     "imagenet_lt": row(
         PHOTOGRAPHS,
-        source="index",
-        index="ImageNet_LT_{}.txt",
+        source="index", index="ImageNet_LT_{}.txt",
         published_at="github.com/zhmiao/OpenLongTailRecognition-OLTR",
         published=dict(train=115846, val=20000, test=50000),
     ),
@@ -170,67 +112,67 @@ DATASETS = {
     # short fine-tuning, and a queue that holds half the training set, as on ImageNet-LT.
     "places_lt": row(
         PHOTOGRAPHS,
-        source="index",
-        index="Places_LT_{}.txt",
+        source="index", index="Places_LT_{}.txt",
         published_at="github.com/zhmiao/OpenLongTailRecognition-OLTR",
         published=dict(train=62500, val=7300, test=36500),
         stage1=dict(
-            arch="resnet152",
-            pretrained="IMAGENET1K_V1",
-            epochs=30,
-            warmup_epochs=2,
-            lr=0.05,
-            queue_size=32768,
+            arch="resnet152", pretrained="IMAGENET1K_V1",
+            epochs=30, warmup_epochs=2, lr=0.05, queue_size=32768,
         ),
     ),
     # Half the epochs over four times the pictures; ours, as is the rest, not tuned.
     "inaturalist18": row(
         PHOTOGRAPHS,
-        source="index",
-        index="iNaturalist18_{}.txt",
-        annotations="{}2018.json",  # the official ones serve as well
+        source="index", index="iNaturalist18_{}.txt", annotations="{}2018.json",
         published_at="github.com/visipedia/inat_comp (train2018.json, val2018.json)",
         published=dict(train=437513, val=24426),  # there is no test split
         stage1=dict(epochs=100, warmup_epochs=5),
     ),
-    # Pictures of your own, DATA_ROOT/{train,val,test}/<class>/*. All is ours, not tuned. K is the
-    # power of two below 0.6 of the training set, ImageNet-LT's share, and at most 65536.
+    # Your own, DATA_ROOT/{train,val,test}/<class>/*: for a few thousand photographs, not tuned.
+    # README says what to set for more, and for small pictures.
     "imagefolder": row(
         PHOTOGRAPHS,
         source="folder",
-        by_size=(  # from this many training pictures on: what differs
-            (
-                0,
-                dict(
-                    stage1=dict(
-                        arch="resnet18", epochs=400, batch_size=128, lr=0.05, momentum_encoder=0.99
-                    ),
-                    stage2=dict(batch_size=256),
-                ),
-            ),
-            (20_000, dict()),
-            (300_000, dict(stage1=dict(epochs=100, warmup_epochs=5))),
+        stage1=dict(
+            arch="resnet18", epochs=400, batch_size=128, queue_size=1024, momentum_encoder=0.99
         ),
+        stage2=dict(batch_size=256, bn="eval"),
     ),
 }
+
+# What a setting may be, and means.
+VIEWS = dict(
+    mean=((0, 1), "mean of the three channels, pixels from 0 to 1"),
+    std=((0.001, 1), "standard deviation of the three channels"),
+    view_size=((8, 4096), "pixels of the views' sides"),
+    crop_scale=((0.001, 1), "smallest and largest view, as a share of the picture's area"),
+    grey_p=((0, 1), "share of query views and patches that become grey"),
+    blur_p=((0, 1), "share of query views and patches that are blurred"),
+    query_jitter=((0, 1), "brightness, contrast, saturation, hue of query views and patches"),
+    query_jitter_p=((0, 1), "share of query views and patches that get it"),
+    key_jitter=((0, 1), "the same of key views, which all get it"),
+    patches=((1, 1024), "patches L of a query view"),
+    patch_size=((4, 4096), "pixels of the patches' sides"),
+    patch_scale=((0.001, 1), "smallest and largest patch, as a share of the query view's area"),
+)
+
+
+def recipe_of(name, *groups, **changes):
+    """The settings in groups (views, stage1, stage2) of a data set's recipe, as attributes."""
+    settings = {key: value for group in groups for key, value in DATASETS[name][group].items()}
+    return argparse.Namespace(dataset=name, **settings | changes)
+
+
+def in_memory(name):
+    """Whether a data set is held in memory, and cut on the device."""
+    return DATASETS[name]["source"] in ("npz", "cifar")
 
 
 class BadInput(Exception):
     """Something the user gave cannot be used; the message says what and how to mend it."""
 
 
-def recipe_of(name, pictures=0):
-    """The recipe of a data set; imagefolder's depends on the number of training pictures."""
-    recipe = DATASETS[name]
-    if "by_size" in recipe:
-        changes = [changes for least, changes in recipe["by_size"] if pictures >= least][-1]
-        recipe = row(recipe, **changes)
-        queue_size = 2 ** int(math.log2(max(1, 0.6 * pictures)))
-        recipe["stage1"]["queue_size"] = min(queue_size, recipe["stage1"]["queue_size"])
-    return recipe
-
-
-# ------------------------------------------------------------------------------ long-tailed sets
+# --------------------------------------------------------------------------- long-tailed subsets
 
 
 def long_tailed_counts(largest, classes, factor):
@@ -238,53 +180,32 @@ def long_tailed_counts(largest, classes, factor):
     return [int(largest * factor ** (c / (classes - 1))) for c in range(classes)]
 
 
-def long_tailed_counts_of(total, classes, factor):
-    """long_tailed_counts of the largest class with which all of them have at most `total`."""
-    largest = 1
-    while sum(long_tailed_counts(largest + 1, classes, factor)) <= total:
-        largest += 1
-    return long_tailed_counts(largest, classes, factor)
+def shuffled_by_class(labels, classes):
+    """Indices of each class in the field's order; the first n_c of it are its long-tailed subset.
 
-
-def long_tailed_indices(labels, counts, seed=0):
-    """Indices [classes][n_c] of the field's subset: class by class, shuffle and take the first n_c.
-
-    numpy's legacy generator with seed 0 is what CIFAR-LT papers share. What stays unused of class c
-    follows in the shuffled order as a second list.
+    Class by class, numpy's legacy generator with seed 0: what CIFAR-LT papers share.
     """
-    random = np.random.RandomState(seed)
-    chosen, unused = [], []
-    for label, count in enumerate(counts):
-        indices = np.flatnonzero(np.asarray(labels) == label)
-        random.shuffle(indices)
-        chosen.append(indices[:count])
-        unused.append(indices[count:])
-    return chosen, unused
+    random, labels = np.random.RandomState(0), np.asarray(labels)
+    return [random.permutation(np.flatnonzero(labels == label)) for label in range(classes)]
 
 
 def shot_groups(counts):
-    """Classes of each group by training pictures: many > 100, medium 20 to 100, few < 20.
-
-    counts [classes]; returns {"many": mask [classes], "medium": ..., "few": ...}.
-    """
+    """Masks [classes] by training pictures [classes]: many > 100, medium 20 to 100, few < 20."""
     counts = torch.as_tensor(counts)
-    many, few = counts > 100, counts < 20
-    return {"many": many, "medium": ~many & ~few, "few": few}
+    return {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+
+
+# ------------------------------------------------------------------------------------- pictures
 
 
 class Pictures:
-    """Pictures in memory: images uint8 [N, C, H, W], labels int64 [N]."""
+    """Pictures in memory: images uint8 [N, C, H, W], labels int64 [N] and, maybe, class names."""
 
-    names = None  # of the classes
-
-    def __init__(self, images, labels, origin):
-        self.images, self.labels, self.origin = images, labels, origin
+    def __init__(self, images, labels, origin, names=None):
+        self.images, self.labels, self.origin, self.names = images, labels, origin, names
 
     def __len__(self):
         return len(self.labels)
-
-    def subset(self, rows):
-        return Pictures(self.images[rows], self.labels[rows], self.origin)
 
     def views(self, indices, seeds, recipe, crops):
         """The whole pictures, once, uint8 [1, B, C, H, W]: the device will cut them."""
@@ -292,21 +213,15 @@ class Pictures:
 
 
 class ImageFiles:
-    """Pictures on disk: their paths below root, labels int64 [N] and, maybe, names of classes.
-
-    Paths are one array of bytes, so that workers share it: no Python object a picture.
-    """
+    """Pictures on disk: their paths below root, labels int64 [N] and, maybe, class names."""
 
     def __init__(self, root, paths, labels, origin, names=None):
         self.root, self.origin, self.names = root, origin, names
-        self.paths, self.labels = np.asarray(paths), torch.as_tensor(labels)
+        self.paths = np.asarray(paths)  # one array of bytes, which workers share
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
 
     def __len__(self):
         return len(self.labels)
-
-    def subset(self, rows, origin=None):
-        paths, labels = self.paths[rows], self.labels[rows]
-        return ImageFiles(self.root, paths, labels, origin or self.origin, self.names)
 
     def path(self, index):
         return self.root / os.fsdecode(self.paths[index])
@@ -317,14 +232,14 @@ class ImageFiles:
         seeds [B] decide about random crops. BadInput names a file that cannot be read.
         """
         views = []
-        for row, index in enumerate(indices):
+        for number, index in enumerate(indices):
             with open_picture(self.path(index)) as image:
                 if crops:
                     # torch.manual_seed would seed GPUs as well, which no worker may touch.
-                    torch.default_generator.manual_seed(seeds[row])
-                    views += random_crops(image, recipe["crop_scale"], recipe["view_size"], crops)
+                    torch.default_generator.manual_seed(seeds[number])
+                    views += random_crops(image, recipe.crop_scale, recipe.view_size, crops)
                 else:
-                    views.append(central_crop(image, recipe["view_size"]))
+                    views.append(central_crop(image, recipe.view_size))
         # Collated into shared memory when a worker does it; channels last, as pictures are decoded.
         views = default_collate([view.permute(1, 2, 0) for view in views])
         return views.unflatten(0, (len(indices), -1)).permute(1, 0, 4, 2, 3)
@@ -339,7 +254,8 @@ def open_picture(path):
     except Exception as error:  # Pillow raises many kinds on broken files
         reason = getattr(error, "strerror", None) or error
         raise BadInput(
-            f"{path} cannot be read as a picture ({reason}); mend it, or drop it from the data set"
+            f"{path} cannot be read as a picture ({reason}): mend or replace it, then the same "
+            "command goes on"
         ) from None
 
 
@@ -379,158 +295,80 @@ def central_crop(image, size):
     return center_crop(resize(pixels, [shorter], antialias=True), [size, size])
 
 
-def load_dataset(name, root=None, index_dir=None, imbalance=None):
+# -------------------------------------------------------------------------------------- readers
+
+
+def load_dataset(name, root=None, index_dir=None, imbalance=100.0, download=False):
     """A data set's splits, {"train": Pictures or ImageFiles, "val": ..., "test": ...}.
 
-    CIFAR-LT has no val, iNaturalist no test. BadInput if a file is missing or broken, if a label is
-    skipped or a class has no picture in a split.
+    CIFAR-LT has no val and takes `imbalance`, iNaturalist no test. BadInput if a file is missing or
+    broken, a label is skipped or a class has no picture in a split.
     """
-    sets, problems = read_dataset(name, root, index_dir, imbalance)
-    for pictures in sets.values():
-        if isinstance(pictures, ImageFiles) and not problems and not pictures.path(0).is_file():
-            problems.append(
-                f"{pictures.path(0)} not found, the first picture of {pictures.origin}: "
-                "--data-root must be the directory that its paths start from"
-            )
-    if problems:
-        raise BadInput(problems[0])
-    return sets
-
-
-def identity(sets):
-    """What tells data sets apart, by split: pictures, classes and a digest of all of them."""
-    described = {}
-    for split, pictures in sets.items():
-        content = pictures.paths if isinstance(pictures, ImageFiles) else pictures.images.numpy()
-        digest = sha256(np.ascontiguousarray(content))
-        digest.update(pictures.labels.numpy())
-        described[split] = dict(
-            pictures=len(pictures),
-            classes=pictures.names or int(pictures.labels.max()) + 1,
-            digest=digest.hexdigest()[:16],
-        )
-    return described
-
-
-def read_dataset(name, root=None, index_dir=None, imbalance=None, download=False):
-    """The splits that can be read, and messages about what is wrong."""
     recipe = DATASETS[name]
     root = root or recipe.get("root")
-    if root is None:
-        raise BadInput(f"--dataset {name} needs --data-root, the directory of its pictures")
-    if not Path(root).is_dir():
-        raise BadInput(f"{root} is not a directory: --data-root must be that of {name}'s pictures")
-    if imbalance and "imbalance" not in recipe:
-        raise BadInput(f"--imbalance is for CIFAR and Fashion-MNIST, not for {name}")
-    if download and recipe["source"] != "cifar":
-        raise BadInput(f"--download is for CIFAR, not for {name}")
-    root, problems = Path(root), []
+    if root is None or not Path(root).is_dir():
+        raise BadInput(f"--data-root must be the directory of {name}'s pictures, got {root}")
+    root = Path(root)
     if recipe["source"] == "npz":
-        sets = read_npz(
-            root / f"{name}.npz", imbalance if imbalance != recipe["imbalance"] else None
-        )
+        sets = read_npz(root / f"{name}.npz", recipe["names"])
     elif recipe["source"] == "cifar":
-        sets = read_cifar(name, root, imbalance or recipe["imbalance"], download)
+        sets = read_cifar(recipe["files"], root, imbalance, download)
     elif recipe["source"] == "folder":
         sets = read_folders(root)
     else:
-        sets = {}
-        for split in recipe["published"]:
-            try:
-                sets[split] = read_index(recipe, split, root, Path(index_dir or root))
-            except BadInput as error:
-                problems.append(str(error))
-    return sets, problems + wrong_labels(sets)
-
-
-def wrong_labels(sets):
-    """Messages about labels that training does not know and classes without a picture."""
-    problems, classes = [], None
-    for pictures in sets.values():
-        counts = pictures.labels.bincount(minlength=classes or 0)
-        classes = classes or len(counts)  # those of the first split, train
-        if len(counts) > classes:
-            problems.append(
-                f"{pictures.origin}: label {len(counts) - 1} is none of the training set's, "
-                f"0 to {classes - 1}"
+        directory = Path(index_dir or root)
+        sets = {split: read_index(recipe, split, root, directory) for split in recipe["published"]}
+    names = sets["train"].names
+    classes = len(names) if names else int(sets["train"].labels.max()) + 1
+    for part in sets.values():
+        counts = part.labels.bincount(minlength=classes)
+        if len(counts) > classes or not counts.all():
+            wrong = len(counts) - 1 if len(counts) > classes else int(counts.argmin())
+            raise BadInput(
+                f"{part.origin}: {counts[wrong]} pictures of class {wrong}, the training set's are "
+                f"0 to {classes - 1}: every split needs pictures of each of them and of no other"
             )
-        empty = (counts[:classes] == 0).nonzero()[:, 0].tolist()
-        if empty:
-            name = f" ({pictures.names[empty[0]]})" if pictures.names else ""
-            more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
-            problems.append(
-                f"{pictures.origin}: no picture of class {empty[0]}{name}{more}; "
-                "every class needs one in every split, and labels run from 0 without a gap"
+        if isinstance(part, ImageFiles) and not part.path(0).is_file():
+            raise BadInput(
+                f"{part.path(0)} not found, the first picture of {part.origin}: --data-root must "
+                "be the directory that its paths start from"
             )
-    return problems
-
-
-def read_npz(path, imbalance=None):
-    """The arrays {train,val,test}_{images,labels} of a file that ships with the repository.
-
-    With an `imbalance`, the training pictures are about as many, but distributed so: from those of
-    the shipped set, and where a class needs more, from the arrays more_{images,labels}.
-    """
-    if not path.is_file():
-        raise BadInput(f"{path} not found: --data-root must be the directory of {path.name}")
-    try:
-        with np.load(path) as arrays:
-            sets = {
-                split: Pictures(
-                    torch.from_numpy(arrays[f"{split}_images"])[:, None],
-                    torch.from_numpy(arrays[f"{split}_labels"]).long(),
-                    path,
-                )
-                for split in ("train", "val", "test", *["more"] * bool(imbalance))
-            }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadInput(
-            f"{path} cannot be read ({error}); get it again from the repository"
-        ) from None
-    if imbalance:
-        train, more = sets["train"], sets.pop("more")
-        classes = len(train.labels.bincount())
-        images, labels = (
-            torch.cat([train.images, more.images]),
-            torch.cat([train.labels, more.labels]),
-        )
-        rows = []
-        for label, count in enumerate(long_tailed_counts_of(len(train), classes, 1 / imbalance)):
-            rows.append((labels == label).nonzero()[:count, 0])
-            if len(rows[-1]) < count:
-                raise BadInput(
-                    f"--imbalance {imbalance:g} takes {count} pictures of class {label} and {path} "
-                    f"has {len(rows[-1])}: at most 100 can be had"
-                )
-        rows = torch.cat(rows)
-        sets["train"] = Pictures(images[rows], labels[rows], f"{path}, {imbalance:g} to 1")
     return sets
 
 
-def read_cifar(name, root, imbalance, download):
-    """CIFAR-10/100-LT: the field's subset of the training pictures, and the whole test set."""
-    cifar = {"cifar10_lt": CIFAR10, "cifar100_lt": CIFAR100}[name]
+def read_npz(path, names):
+    """The arrays {train,val,test}_{images,labels} of the file that ships with the repository."""
     try:
-        whole = [cifar(root, train=train, download=download) for train in (True, False)]
-    except RuntimeError:
+        with np.load(path) as arrays:
+            return {
+                split: Pictures(
+                    torch.from_numpy(arrays[f"{split}_images"])[:, None],
+                    torch.from_numpy(arrays[f"{split}_labels"]).long(), path, names,
+                )
+                for split in ("train", "val", "test")
+            }
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path} cannot be read ({error}): get it from the repository") from None
+
+
+def read_cifar(files, root, imbalance, download):
+    """CIFAR-10/100-LT: the field's subset of the training pictures, and the whole test set."""
+    try:
+        train, test = (files(root, train=train, download=download) for train in (True, False))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
         raise BadInput(
-            f"{root} holds no complete {cifar.base_folder}: python data.py --dataset {name} "
-            f"--data-root {root} --download fetches it"
+            f"{root} holds no complete {files.base_folder} ({reason}): the same data.py command "
+            f"with --download fetches it from {files.url}"
         ) from None
-    except OSError as error:
-        raise BadInput(
-            f"the download of {cifar.url} failed ({getattr(error, 'reason', error)}); "
-            f"unpack it in {root} by hand"
-        ) from None
-    train, test = whole
     classes = len(train.classes)
     counts = long_tailed_counts(len(train) // classes, classes, 1 / imbalance)
-    chosen = np.concatenate(long_tailed_indices(train.targets, counts)[0])
+    order = shuffled_by_class(train.targets, classes)
+    chosen = np.concatenate([indices[:count] for indices, count in zip(order, counts)])
     return {
         split: Pictures(
             torch.from_numpy(pictures.data[rows]).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor(pictures.targets)[rows],
-            f"{root / cifar.base_folder}, {split}",
+            torch.tensor(pictures.targets)[rows], f"{root}, {split}", train.classes,
         )
         for split, pictures, rows in (("train", train, chosen), ("test", test, slice(None)))
     }
@@ -541,31 +379,25 @@ def read_index(recipe, split, root, directory):
     path = directory / recipe["index"].format(split)
     annotations = directory / recipe.get("annotations", "").format(split)
     if path.is_file():
-        lines = path.read_bytes().splitlines()
-        entries = (line.rsplit(None, 1) for line in lines)
+        entries = [line.rsplit(None, 1) for line in path.read_bytes().splitlines()]
     elif annotations.is_file():
-        path, lines = annotations, read_annotations(annotations)
-        entries = lines
+        path, entries = annotations, read_annotations(annotations)
     else:
         raise BadInput(
-            f"{path} not found; it is published at {recipe['published_at']}, and --index-dir names "
-            "the directory where it is"
+            f"{path} not found: get it at {recipe['published_at']}; --index-dir is where it is"
         )
     paths, labels = [], []
     for number, entry in enumerate(entries, 1):
         try:
-            name, label = entry
-            label = int(label)
-        except ValueError:
-            line = b" ".join(entry).decode(errors="replace")
-            raise BadInput(f'{path}:{number}: {line!r} is not "relative/path label"') from None
-        if not 0 <= label < len(lines):
+            name, label = entry[0], int(entry[1])
+            if not 0 <= label < len(entries) or name[:1] == b"/" or b".." in name.split(b"/"):
+                raise ValueError
+        except (ValueError, IndexError):
+            line = os.fsdecode(b" ".join(entry))
             raise BadInput(
-                f"{path}:{number}: label {label} in a file of {len(lines)} pictures; "
-                "labels run from 0 without a gap"
-            )
-        if name[:1] == b"/" or (b".." in name and b".." in name.split(b"/")):
-            raise BadInput(f"{path}:{number}: {os.fsdecode(name)} leaves --data-root")
+                f'{path}:{number}: {line!r} is not "path label" with a path below --data-root and '
+                f"a label from 0 to {len(entries) - 1}"
+            ) from None
         paths.append(name)
         labels.append(label)
     if not paths:
@@ -578,124 +410,106 @@ def read_annotations(path):
     try:
         content = json.loads(path.read_bytes())
         label_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
-        return [(os.fsencode(i["file_name"]), label_of[i["id"]]) for i in content["images"]]
+        return [(os.fsencode(i["file_name"]), b"%d" % label_of[i["id"]]) for i in content["images"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{path} is not iNaturalist's annotation file ({type(error).__name__}: {error}); "
-            "get it again"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{path} is not iNaturalist's annotation file ({reason})") from None
 
 
-HELD_OUT = {"val": (10, 20), "test": (5, 50)}  # one picture in so many of a class, at most
+HELD_OUT = {"test": 0.2, "val": 0.1}  # shares of each class
 
 
 def read_folders(root):
     """{train,val,test}/<class>/* below root; val and test are held out of train where missing."""
-    train = root / "train"
-    if not train.is_dir():
-        raise BadInput(
-            f"{train} not found: pictures belong in DATA_ROOT/train/<class>/, "
-            "and in val/ and test/ likewise where there are such"
-        )
-    sets = {}
+    found, names = {}, None
     for split in ("train", "val", "test"):
-        directory = f"{root}/{split}"
-        if not os.path.isdir(directory):
+        if split != "train" and not (root / split).is_dir():
             continue
         try:
-            found, numbers = find_classes(directory)
-        except FileNotFoundError:
-            raise BadInput(f"{directory} has no directories of classes") from None
-        if split == "train":
-            names, number_of = found, numbers
-        unknown = [name for name in found if name not in number_of]
-        if unknown:
-            raise BadInput(f"{directory}/{unknown[0]}: {train} has no such class")
-        files = make_dataset(directory, number_of, IMG_EXTENSIONS, allow_empty=True)
-        paths = [os.fsencode(path)[len(os.fsencode(f"{root}/")) :] for path, _ in files]
-        labels = [label for _, label in files]
-        if not paths:
-            raise BadInput(f"{directory} holds no pictures ({', '.join(IMG_EXTENSIONS)})")
-        sets[split] = ImageFiles(root, paths, labels, directory, names)
+            folder = ImageFolder(root / split, allow_empty=True)
+            names = names or folder.classes
+            number = [names.index(name) for name in folder.classes]
+        except (OSError, ValueError):
+            raise BadInput(
+                f"{root / split}: pictures belong in {root}/train/<class>/, and in val/ and test/ "
+                "in folders of the same names where there are such"
+            ) from None
+        paths = [os.fsencode(os.path.relpath(path, root)) for path, _ in folder.samples]
+        found[split] = paths, [number[label] for label in folder.targets]
+    missing = [split for split in HELD_OUT if split not in found]
+    if missing:
+        paths, labels = found["train"]
+        found |= {split: ([], []) for split in ("train", *missing)}
+        for path, label, split in zip(paths, labels, hold_out(paths, labels, missing)):
+            found[split][0].append(path)
+            found[split][1].append(label)
+    return {
+        split: ImageFiles(root, *found[split], f"{root}/{split}", names)
+        for split in ("train", "val", "test")
+    }
 
-    missing = [split for split in HELD_OUT if split not in sets]
-    return hold_out(sets, missing) if missing else sets
 
+def hold_out(paths, labels, missing):
+    """The split of every picture of train/, of which the missing ones get their shares.
 
-def hold_out(sets, missing):
-    """Take the `missing` splits out of train, class by class, at least one picture of each.
-
-    In the order of a hash of their paths: whatever the seed of a run, and however other classes
-    change, the same pictures are held out.
+    A hash of its path decides about a picture, whatever the seed and whichever others come or go;
+    but every split has at least one of each class.
     """
-    train = sets["train"]
-    counts = train.labels.bincount(minlength=len(train.names))
-    if counts.min() <= len(missing):
-        label = int(counts.argmin())
-        raise BadInput(
-            f"{train.origin}/{train.names[label]} has {counts[label]} pictures, too few to hold "
-            f"out some for {' and '.join(missing)}: give it more, or make {train.root / missing[0]}"
-        )
-    order = sorted(range(len(train)), key=lambda row: sha256(train.paths[row]).digest())
-    rows_of = [[] for _ in counts]
-    for row in order:
-        rows_of[train.labels[row]].append(row)
-    for split in missing:
-        fraction, most = HELD_OUT[split]
-        sizes = (counts // fraction).clamp(1, most).tolist()
-        origin = f"{train.origin}, {min(sizes)} to {max(sizes)} pictures a class held out"
-        held_out = [rows[:size] for rows, size in zip(rows_of, sizes)]
-        sets[split] = train.subset(np.sort(np.concatenate(held_out)), origin)
-        rows_of = [rows[size:] for rows, size in zip(rows_of, sizes)]
-    sets["train"] = train.subset(np.sort(np.concatenate(rows_of)))
-    return {split: sets[split] for split in ("train", "val", "test")}
+    places = [sha256(path).digest()[0] / 256 for path in paths]
+    splits, rows_of = ["train"] * len(paths), {}
+    for row in sorted(range(len(paths)), key=lambda row: sha256(paths[row]).digest()):
+        rows_of.setdefault(labels[row], []).append(row)
+    for rows in rows_of.values():
+        end, share = 0, 0.0
+        for waiting, split in zip(range(len(missing), 0, -1), missing):
+            begin, share = end, share + HELD_OUT[split]
+            below = sum(places[row] < share for row in rows)
+            end = min(max(below, begin + 1), len(rows) - waiting)
+            for row in rows[begin:end]:
+                splits[row] = split
+    return splits
 
 
-# ------------------------------------------------------------------------------------- samplers
+# -------------------------------------------------------------------------------------- batches
 
 
 def seed_from(*numbers):
-    """One seed from several non-negative integers (seed, step, rank, ...), well mixed."""
+    """One seed from several non-negative integers (seed, step, stream), well mixed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-class Batches(Sampler):
+class Batches:
     """(indices, seeds of their crops) of a whole run, a function of (seed, step): resume anywhere.
 
     Shuffled epochs without replacement, the rest that fills no batch left out; or, `balanced`,
     class-balanced sampling: a class drawn uniformly, then a picture of it.
-    Each of `world` ranks gets its own slice of the global batch.
+    Each of `world` ranks gets its own rows of the global batch.
     """
 
     def __init__(
         self, labels, batch_size, epochs, *, seed, balanced=False, start=0, rank=0, world=1
     ):
-        if batch_size > len(labels):
+        if batch_size > len(labels) or batch_size % world:
             raise BadInput(
-                f"--batch-size {batch_size} is larger than the {len(labels)} training pictures"
+                f"--batch-size {batch_size} must divide among {world} processes and be at most the "
+                f"{len(labels)} training pictures"
             )
-        if batch_size % world:
-            raise BadInput(f"--batch-size {batch_size} does not divide among {world} processes")
         self.labels, self.batch_size, self.seed, self.balanced = labels, batch_size, seed, balanced
         self.per_epoch = len(labels) // batch_size
         self.steps = range(start, epochs * self.per_epoch)
         share = batch_size // world
-        self.slice = slice(rank * share, (rank + 1) * share)
-
-    def __len__(self):
-        return len(self.steps)
+        self.rows = slice(rank * share, (rank + 1) * share)
 
     def __iter__(self):
         by_class = self.labels.argsort(stable=True)
         counts = self.labels.bincount()
         first = counts.cumsum(0) - counts
-        present = counts.nonzero().squeeze(1)
         order_of = None
         for step in self.steps:
             if self.balanced:
                 random = torch.Generator().manual_seed(seed_from(self.seed, step))
                 draw = torch.rand(2, self.batch_size, generator=random, dtype=torch.float64)
-                drawn = present[(draw[0] * len(present)).long()]
+                drawn = (draw[0] * len(counts)).long()
                 batch = by_class[first[drawn] + (draw[1] * counts[drawn]).long()]
             else:
                 epoch, position = divmod(step, self.per_epoch)
@@ -706,14 +520,17 @@ class Batches(Sampler):
             # A stream of its own; a picture's crops are the same on any number of processes.
             seeds = np.random.SeedSequence((self.seed, step), spawn_key=(1,))
             seeds = seeds.generate_state(self.batch_size, np.uint64) >> np.uint64(1)
-            yield batch[self.slice].tolist(), seeds[self.slice].tolist()
+            yield batch[self.rows].tolist(), seeds[self.rows].tolist()
 
 
-class Views(Dataset):
-    """What a loader hands over for a batch (indices, seeds) of a data set: images and labels.
+def in_turn(count, rank=0, world=1, batch_size=128):
+    """Batches of every picture of a split, for a loader: this process's part, none twice."""
+    rows = torch.arange(count)[rank::world]
+    return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
 
-    `crops` a picture, or 0 for the whole picture as evaluation sees it.
-    """
+
+class Loaded(Dataset):
+    """What a loader hands over for a batch (indices, seeds) of a split: images and labels."""
 
     def __init__(self, pictures, recipe, crops):
         self.pictures, self.recipe, self.crops = pictures, recipe, crops
@@ -724,16 +541,26 @@ class Views(Dataset):
         return images, self.pictures.labels[indices]
 
 
-# ----------------------------------------------------------------------------- views and patches
+def load_batches(pictures, batches, recipe, crops, workers, device):
+    """A loader of (images uint8 [1 or 2, B, C, H, W], labels [B]), of Batches or in_turn.
 
+    `crops` a picture, or 0 for the whole picture as evaluation sees it.
+    """
+    return DataLoader(
+        Loaded(pictures, recipe, crops), sampler=batches, batch_size=None, num_workers=workers,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+    )
+
+
+# ----------------------------------------------------------------------------- views and patches
 
 RATIO = (3 / 4, 4 / 3)  # of the sides of all crops
 
 
 @lru_cache
 def constant(values, device):
-    """A tensor of tuples of numbers, made once: a copy to a GPU would wait for it at every step."""
-    return torch.tensor(values, device=device)
+    """A tensor of a tuple of numbers, made once: each copy to a GPU would wait for it."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Draws:
@@ -746,12 +573,6 @@ class Draws:
     def __init__(self, seed, batch_size, rows, device, copies=1):
         self.generator = torch.Generator(device).manual_seed(seed)
         self.batch_size, self.rows, self.copies, self.device = batch_size, rows, copies, device
-
-    def repeated(self, copies):
-        """The stream goes on, `copies` rows a picture."""
-        draws = copy(self)
-        draws.copies = copies
-        return draws
 
     def uniform(self, low, high, *shape):
         """Uniform in [low, high]: [copies * pictures, *shape]."""
@@ -794,8 +615,10 @@ def random_flip(images, draws):
 
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-RGB_TO_YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
-YIQ_TO_RGB = tuple(map(tuple, np.linalg.inv(RGB_TO_YIQ).tolist()))
+RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+# A hue change turns I and Q: in RGB it is HUE[0] + cos HUE[1] + sin HUE[2].
+TURN = np.array([np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1], [0, 1, 0]]])
+HUE = np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ
 
 
 def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
@@ -806,38 +629,28 @@ def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
     where torchvision's is a shift in HSV; values are clamped once in the end, not at each change.
     """
     count, device = len(channel_means), channel_means.device
-    luma = constant(LUMA, device)
-    identity = torch.eye(3, device=device)
-    grey = luma.expand(3, 3)
-
+    luma, hues = constant(LUMA, device), constant(tuple(HUE.flatten()), device).view(3, 3, 3)
+    identity, grey = torch.eye(3, device=device), luma.expand(3, 3)
     *strengths, hue = jitter
-    factor = [draws.uniform(max(0, 1 - s), 1 + s, 1, 1) for s in strengths]  # each [B, 1, 1]
-    angle = 2 * torch.pi * draws.uniform(-hue, hue)  # [B]
-    rotation = torch.zeros(count, 3, 3, device=device)
-    rotation[:, 0, 0] = 1
-    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
-    rotation[:, 1, 2] = -angle.sin()
-    rotation[:, 2, 1] = angle.sin()
-    changes = torch.stack(
-        [
-            factor[0] * identity,  # brightness
-            factor[1] * identity,  # contrast; its offset depends on what came before
-            factor[2] * identity + (1 - factor[2]) * grey,  # saturation
-            constant(YIQ_TO_RGB, device) @ rotation @ constant(RGB_TO_YIQ, device),  # hue
-        ]
-    )  # [4, B, 3, 3]
+    factors = [draws.uniform(max(0, 1 - s), 1 + s, 1, 1) for s in strengths]  # each [B, 1, 1]
+    brightness, contrast, saturation = factors
+    angle = 2 * torch.pi * draws.uniform(-hue, hue, 1, 1)
+    changes = [
+        brightness * identity,
+        contrast * identity,  # its offset depends on what came before
+        saturation * identity + (1 - saturation) * grey,
+        hues[0] + angle.cos() * hues[1] + angle.sin() * hues[2],
+    ]
+    changes = torch.stack(changes)  # [4, B, 3, 3]
 
-    order = draws.uniform(0, 1, 4).argsort(1)
     picture = torch.arange(count, device=device)
-    unchanged = torch.eye(3, 4, device=device).expand(count, 3, 4)
-    matrix = unchanged
-    for change in order.T:
-        means = (matrix[:, :, :3] @ channel_means[..., None])[..., 0] + matrix[:, :, 3]
-        offset = (1 - factor[1][:, 0]) * (means @ luma)[:, None]  # [B, 1] towards the mean grey
-        offset = torch.where(change[:, None] == 1, offset, 0.0)
+    matrix = unchanged = torch.eye(3, 4, device=device).expand(count, 3, 4)
+    for change in draws.uniform(0, 1, 4).argsort(1).T:
+        means = matrix[:, :, :3] @ channel_means[..., None] + matrix[:, :, 3:]  # [B, 3, 1]
+        towards = (1 - contrast) * (luma @ means)[..., None]  # the mean grey, [B, 1, 1]
+        offset = torch.where(change[:, None, None] == 1, towards, 0)
         matrix = changes[change, picture] @ matrix
-        matrix = torch.cat([matrix[:, :, :3], (matrix[:, :, 3] + offset)[..., None]], dim=2)
-
+        matrix = torch.cat([matrix[:, :, :3], matrix[:, :, 3:] + offset], dim=2)
     matrix = torch.where(draws.uniform(0, 1, 1, 1) < jitter_p, matrix, unchanged)
     return torch.where(draws.uniform(0, 1, 1, 1) < grey_p, grey @ matrix, matrix)
 
@@ -856,9 +669,8 @@ def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
     count, channels, height, width = images.shape
     radius = min(round(3 * sigma[1]), min(height, width) - 1)
     offsets = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = (-0.5 * (offsets / draws.uniform(*sigma, 1)) ** 2).softmax(
-        1
-    )  # [B, 2 radius + 1], sums to 1
+    # [B, 2 radius + 1], sums to 1
+    kernel = (-0.5 * (offsets / draws.uniform(*sigma, 1)) ** 2).softmax(1)
     chosen = draws.uniform(0, 1, 1) < probability
     kernel = torch.where(chosen, kernel, (offsets == 0).to(kernel.dtype))
     kernel = kernel.repeat_interleave(channels, 0)[:, None]  # each plane its own, both ways
@@ -868,22 +680,22 @@ def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
     return planes.view(images.shape)
 
 
+def recipe_colors(recipe, device):
+    """The channels' mean and std, each [3, 1, 1]."""
+    return (constant(tuple(v), device)[:, None, None] for v in (recipe.mean, recipe.std))
+
+
 def normalize(images, recipe):
     """Float images [B, 1 or 3, H, W] in [0, 1] to three standardised channels, channels last."""
-    mean, std = (constant(recipe[name], images.device)[:, None, None] for name in ("mean", "std"))
+    mean, std = recipe_colors(recipe, images.device)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def query_colors(images, draws, recipe):
     """Colour changes, blur and normalisation of query views and patches [B, C, H, W] in [0, 1]."""
-    matrices = color_matrices(
-        images.mean((2, 3)).expand(-1, 3),
-        draws,
-        recipe["query_jitter"],
-        recipe["query_jitter_p"],
-        recipe["grey_p"],
-    )
-    return normalize(random_blur(change_colors(images, matrices), draws, recipe["blur_p"]), recipe)
+    changes = recipe.query_jitter, recipe.query_jitter_p, recipe.grey_p
+    matrices = color_matrices(images.mean((2, 3)).expand(-1, 3), draws, *changes)
+    return normalize(random_blur(change_colors(images, matrices), draws, recipe.blur_p), recipe)
 
 
 def random_view(images, draws, recipe):
@@ -892,16 +704,10 @@ def random_view(images, draws, recipe):
     A random flip, and a random resized crop of what the workers have not cut.
     """
     images = images.float() / 255
-    if recipe["cut"] == "device":
-        boxes = random_boxes(draws, images.shape[-1], recipe["crop_scale"])
-        images = crop(images, boxes, recipe["view_size"])
+    if in_memory(recipe.dataset):
+        boxes = random_boxes(draws, images.shape[-1], recipe.crop_scale)
+        images = crop(images, boxes, recipe.view_size)
     return random_flip(images, draws)
-
-
-@torch.no_grad()
-def classifier_view(images, draws, recipe):
-    """Stage 2's training view [B, 3, V, V] of uint8 images [1, B, C, H, W]; the query's colours."""
-    return query_colors(random_view(images[0], draws, recipe), draws, recipe)
 
 
 @torch.no_grad()
@@ -911,121 +717,245 @@ def evaluation_view(images, recipe):
 
 
 @torch.no_grad()
-def query_views(images, draws, recipe, patches):
+def query_views(images, draws, recipe):
     """What the trained encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut.
 
-    The query view [B, 3, V, V], `patches` = L boxes a picture in it [L, B, 4] in pixels, and these
-    regions as patches [L, B, 3, S, S]; None and None without patches (section 5 of the method).
+    The query view [B, 3, V, V], L = recipe.patches boxes a picture [L, B, 4] in its pixels, drawn
+    after its crop and flip, and these regions before its colour changes as patches
+    [L, B, 3, S, S]; None and None without patches.
     """
-    view = random_view(images, draws, recipe)
-    boxes = regions = None
-    if patches:
-        # Boxes are drawn after the view's crop and flip and cut before its colour changes.
-        of_patches = draws.repeated(patches)
-        boxes = random_boxes(of_patches, recipe["view_size"], recipe["patch_scale"])
-        regions = random_flip(crop(view, boxes, recipe["patch_size"]), of_patches)
-        regions = query_colors(regions, of_patches, recipe).unflatten(0, (patches, len(view)))
-        boxes = boxes.unflatten(0, (patches, len(view)))
-    return query_colors(view, draws, recipe), boxes, regions
+    view, count = random_view(images, draws, recipe), recipe.patches
+    boxes = patches = None
+    if count:
+        of_patches = copy(draws)  # the stream goes on, with `count` rows a picture
+        of_patches.copies = count
+        boxes = random_boxes(of_patches, recipe.view_size, recipe.patch_scale)
+        patches = random_flip(crop(view, boxes, recipe.patch_size), of_patches)
+        patches = query_colors(patches, of_patches, recipe).unflatten(0, (count, len(view)))
+        boxes = boxes.unflatten(0, (count, len(view)))
+    return query_colors(view, draws, recipe), boxes, patches
 
 
 @torch.no_grad()
 def key_view(images, draws, recipe):
     """What the momentum encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut."""
     view = random_view(images, draws, recipe)
-    matrices = color_matrices(view.mean((2, 3)).expand(-1, 3), draws, recipe["key_jitter"])
+    matrices = color_matrices(view.mean((2, 3)).expand(-1, 3), draws, recipe.key_jitter)
     return normalize(change_colors(view, matrices), recipe)
+
+
+# -------------------------------------------------------------------- what the commands share
+
+
+def number(kind, low, high):
+    """An argparse type: an int or float from low to high."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # what argparse calls text that is none
+    return parse
+
+
+def cores():
+    """The cores that each process of this machine can have for its workers, at most 8."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of a command on a data set; errors are one line.
+
+    --dataset is read first: the flags that follow have the defaults of that data set's recipe.
+    """
+
+    def __init__(self, description, dataset=DEFAULT):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False, allow_abbrev=False,
+        )
+        self.flag("dataset", dataset, tuple(DATASETS), "name")
+        self.dataset = self.parse_known_args()[0].dataset
+        self.recipe = DATASETS[self.dataset]
+        workers = 0 if in_memory(self.dataset) else cores()
+        directory = dict(type=Path, metavar="DIR")
+        self.add_argument("-h", "--help", action="help", help="show the recipe of --dataset")
+        self.add_argument("--data-root", **directory, help="of its pictures")
+        self.add_argument("--index-dir", **directory, help="of its index files, if elsewhere")
+        self.set_defaults(imbalance=None)
+        if "imbalance" in self.recipe:
+            text = "pictures of the largest class over those of the smallest: 10, 50, 100"
+            self.flag("imbalance", self.recipe["imbalance"], (1, 1e4), text)
+        self.flag("workers", workers, (0, 512), "processes that decode pictures, for each GPU")
+        self.flag("seed", 0, (0, 2**63 - 1), "seed of everything")
+
+    def flag(self, name, default, limits, text):
+        """A flag of its default's type within limits: the smallest and largest, or the choices."""
+        one = default[0] if isinstance(default, tuple) else default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        options = dict(default=default, help=f"{text} (default: {shown})")
+        if isinstance(one, bool):
+            options |= dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(one, str):
+            options |= dict(choices=limits, metavar=None if limits else "NAME")
+        else:
+            kind = int if isinstance(one, int) else float
+            options |= dict(type=number(kind, *limits), metavar="N" if kind is int else "X")
+        if isinstance(default, tuple):
+            options |= dict(nargs=len(default))
+        self.add_argument("--" + name.replace("_", "-"), **options)
+
+    def settings(self, group, meanings):
+        """Every setting of a group of the recipe as a flag; meanings: {name: (limits, text)}."""
+        for name, default in self.recipe[group].items():
+            self.flag(name, default, *meanings[name])
+
+    def parse_args(self):
+        args = super().parse_args()
+        for name in ("crop-scale", "patch-scale"):
+            smallest, largest = getattr(args, name.replace("-", "_"), (0, 1))
+            if smallest > largest:
+                self.error(f"--{name}: the smallest comes first")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # takes back a live line
+
+
+class Progress:
+    """One line with the time that is left: live on a terminal, elsewhere every ten seconds."""
+
+    def __init__(self, steps, done=0):
+        self.steps, self.first, self.began, self.shown = steps, done, time.monotonic(), -math.inf
+
+    def show(self, done, text):
+        now, last = time.monotonic(), done >= self.steps
+        if last or now - self.shown > (0.1 if CLEAR else 10):
+            self.shown = now
+            left = (now - self.began) / max(done - self.first, 1) * (self.steps - done)
+            line = f"{text}  ETA {timedelta(seconds=int(left))}"
+            line = line[: os.get_terminal_size(2).columns - 1] if CLEAR else line
+            print(CLEAR + line, end="" if CLEAR and not last else "\n", file=sys.stderr, flush=True)
+
+
+def run(main):
+    """Call main(); an end that is no fault of the code is one line and an exit code.
+
+    2: what the user can mend; 130: Ctrl-C; 1: another process of the run died.
+    """
+    again = "the same command goes on from the last checkpoint"
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except BadInput as error:
+        # What a worker raised arrives as the text of its traceback, with the message in the end.
+        code, message = 2, str(error).rpartition("BadInput: ")[2].strip()
+    except OSError as error:
+        reason = error.strerror or str(error).strip().splitlines()[-1]
+        code, message = 2, f"{error.filename or 'system'}: {reason}"
+    except KeyboardInterrupt:
+        code, message = 130, f"interrupted; {again}"
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        code, message = 1, f"the connection to another process failed ({reason}); {again}"
+    print(f"{CLEAR}{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------- checking a data set
 
 
-SHOWN = 10  # problems
+def problem_of(path, decoding):
+    """What is wrong with a file, or None: it is missing or, if asked, cannot be decoded."""
+    try:
+        if decoding:
+            with open_picture(path) as image:
+                decode(image)
+        elif not path.is_file():
+            return f"{path} is missing"
+    except (BadInput, OSError) as error:
+        return str(error)
 
 
-class Inspection(Dataset):
-    """Messages about the files of pictures that are missing or, if asked, cannot be decoded."""
+def check(sets, args):
+    """Print what every split holds; returns messages about what is wrong with it."""
+    problems, seen, published = [], {}, DATASETS[args.dataset].get("published", {})
+    for split, pictures in sets.items():
+        counts = pictures.labels.bincount()
+        sizes = f"{counts.max():,} to {counts.min():,}"
+        shots = {name: int(mask.sum()) for name, mask in shot_groups(counts).items()}
+        shots = f"; classes by shots: {shots}" if split == "train" else ""
+        print(f"{split}: {len(pictures):,} pictures, {len(counts):,} classes of {sizes}{shots}")
+        if published.get(split, len(pictures)) != len(pictures):
+            expected = f"{published[split]:,} published"
+            problems.append(f"{pictures.origin}: {len(pictures):,} pictures, {expected}")
+        if in_memory(args.dataset):
+            continue
+        paths, progress = list(map(pictures.path, range(len(pictures)))), Progress(len(pictures))
+        for path in paths:
+            if path in seen:
+                problems.append(f"{path} is in {seen[path]} and again in {split}")
+            seen[path] = split
+        with ThreadPool(max(1, args.workers)) as pool:
+            problem = partial(problem_of, decoding=args.decode)
+            for done, message in enumerate(pool.imap(problem, paths, 64), 1):
+                problems += [message] if message else []
+                progress.show(done, f"{split}: {done:,} pictures, {len(problems)} problems")
+    return problems
 
-    def __init__(self, pictures, decoding):
-        self.pictures, self.decoding = pictures, decoding
 
-    def __getitem__(self, indices):
-        messages = []
-        for path in map(self.pictures.path, indices):
-            try:
-                if not path.is_file():
-                    raise BadInput(f"{path} is missing")
-                if self.decoding:
-                    with open_picture(path) as image:
-                        decode(image)
-            except (BadInput, OSError) as error:  # a name too long, a directory that is closed
-                messages.append(str(error))
-        return messages
+def draw_views(path, pictures, args, count=6):
+    """Draw what the networks see of some pictures: query view, its boxes, key view, patches."""
+    indices = torch.linspace(0, len(pictures) - 1, count).long().tolist()
+    images = pictures.views(indices, indices, args, 2)
+    draws = [Draws(args.seed + n, count, slice(None), "cpu") for n in (0, 1)]
+    view, boxes, patches = query_views(images[0], draws[0], args)
+    key = key_view(images[-1], draws[1], args)
+    mean, std = recipe_colors(args, "cpu")
 
+    def pixels(view):
+        return F.interpolate((view * std + mean).clamp(0, 1), (side, side))
 
-def shared_pictures(sets):
-    """Messages about pictures that stand in a split twice, or in two splits."""
-    splits = [(split, files) for split, files in sets.items() if isinstance(files, ImageFiles)]
-    for number, (split, files) in enumerate(splits):
-        twice = len(files) - len(np.unique(files.paths))
-        if twice:
-            yield f"{files.origin}: {twice} pictures stand there more than once"
-        for other, others in splits[number + 1 :]:
-            both = np.intersect1d(files.paths, others.paths)
-            if len(both):
-                yield f"{len(both)} pictures are in {split} and {other}: {os.fsdecode(both[0])}"
+    side = max(args.view_size, 128)
+    shown = [pixels(part) for part in (view, view, key, *patches)]
+    scaled = boxes.transpose(0, 1) * side / args.view_size
+    colors = [("red", "lime", "cyan", "yellow", "magenta")[n % 5] for n in range(args.patches)]
+    shown[1] = torch.stack(
+        [draw_bounding_boxes(*pair, colors=colors, width=2) for pair in zip(shown[1], scaled)]
+    )
+    rows = torch.stack(shown, dim=1).flatten(0, 1)
+    save_image(make_grid(rows, nrow=len(shown), pad_value=1), path, format="png")
+    print(f"drew {path}: query view, its boxes, key view, patches", file=sys.stderr)
 
 
 def main():
-    from train import DEFAULT, Parser, Progress, cores  # train.py imports this module
-
     parser = Parser(__doc__)
+    parser.settings("views", VIEWS)
     parser.add_argument("--decode", action="store_true", help="decode every picture as well")
-    parser.add_argument(
-        "--download", action="store_true", help="let torchvision fetch CIFAR into --data-root"
-    )
+    parser.set_defaults(download=False)
+    if parser.recipe["source"] == "cifar":
+        parser.add_argument("--download", action="store_true", help="fetch it into --data-root")
+    parser.add_argument("--views", type=Path, metavar="FILE", help="draw views as PNG, no check")
     args = parser.parse_args()
-    args.dataset = args.dataset or DEFAULT
-    sets, problems = read_dataset(
+    sets = load_dataset(
         args.dataset, args.data_root, args.index_dir, args.imbalance, args.download
     )
+    if args.views:
+        return draw_views(args.views, sets["train"], args)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    columns = ("pictures", "classes", "most", "least", "many", "medium", "few")
-    print("".join([f"{args.dataset:<18}", *(f"{name:>10}" for name in columns)]))
-    for split, pictures in sets.items():
-        counts = pictures.labels.bincount()
-        numbers = [len(pictures), len(counts), counts.max(), counts.min()]
-        if split == "train":
-            numbers += [mask.sum() for mask in shot_groups(counts).values()]
-        print("".join([f"{split:<18}", *(f"{int(number):>10,}" for number in numbers)]))
-        published = DATASETS[args.dataset].get("published", {}).get(split, len(pictures))
-        if published != len(pictures):
-            problems.append(
-                f"{pictures.origin}: {len(pictures):,} pictures, {published:,} published"
-            )
-    problems += shared_pictures(sets)
-
-    files = [pictures for pictures in sets.values() if isinstance(pictures, ImageFiles)]
-    progress, done = Progress(sum(map(len, files)), enabled=args.decode), 0
-    for pictures in files:
-        chunks = [chunk.tolist() for chunk in torch.arange(len(pictures)).split(256)]
-        inspection = Inspection(pictures, args.decode)
-        workers = cores() if args.workers is None else args.workers
-        for chunk, messages in zip(
-            chunks, DataLoader(inspection, sampler=chunks, batch_size=None, num_workers=workers)
-        ):
-            problems += messages
-            done += len(chunk)
-            progress.show(done, f"{done:,} pictures, {len(problems)} problems")
-
-    print(f"\nproblems: {len(problems)}" + (", the first:" if len(problems) > SHOWN else ""))
-    for problem in problems[:SHOWN]:
-        print(f"  {problem}")
+    problems = check(sets, args)
+    print(f"\nproblems: {len(problems)}", *problems[:10], sep="\n  ")
     sys.exit(1 if problems else 0)
 
 
 if __name__ == "__main__":
-    from data import main  # as train.py imports this module: one BadInput for both
-    from train import run
-
     run(main)

@@ -1,16 +1,16 @@
 """The two losses of "Decoupled Contrastive Learning for Long-Tailed Recognition" (AAAI 2024).
 
-dscl_loss         decoupled supervised contrastive loss; alpha=None is the plain SCL it corrects
-dscl_and_own_key  the same, and p(z_i+|z_i), which it drives to alpha and SCL to 1 / (|P_i| + 1)
-pbsd_loss         patch-based self distillation
-bank_attention    what all are made of: softmax attention of N embeddings over a bank of K
+dscl_loss       decoupled supervised contrastive loss; alpha=None is the plain SCL it corrects
+pbsd_loss       patch-based self distillation
+bank_attention  what both are made of: softmax attention of N embeddings over a bank of K
 
 All embeddings are L2-normalised rows. Time is O(N K D) and memory O(N D): no [N, K] matrix is ever
 stored, forward or backward. The file needs torch alone; copy it.
 """
 
+from numbers import Real
+
 import torch
-from torch.autograd.function import once_differentiable
 
 
 class _BankAttention(torch.autograd.Function):
@@ -40,8 +40,9 @@ class _BankAttention(torch.autograd.Function):
         return logsumexp, mean
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_logsumexp, _):
+        if torch.is_grad_enabled():  # `mean` depends on the query; here it is a constant
+            raise RuntimeError("bank_attention has no second derivative: no create_graph=True")
         (mean,) = ctx.saved_tensors
         return grad_logsumexp[:, None] * mean / ctx.temperature, None, None
 
@@ -57,11 +58,11 @@ def bank_attention(query, bank, *, temperature=0.07):
 
     `logsumexp` is differentiable in the query, once, at no extra cost: its gradient is exactly
     mean / temperature. `mean` and the bank are constants. An empty bank gives -inf and 0.
-    ValueError if the shapes disagree or temperature is not positive.
+    ValueError or TypeError names a bad argument.
     """
     _check_temperature(temperature)
-    _check_shape("query", query, (None, None))
-    _check_shape("bank", bank, (None, query.shape[1]))
+    _check("query", query, (None, None))
+    _check("bank", bank, (None, query.shape[1]))
     query, bank = _full_precision(query, bank)
     with torch.autocast(query.device.type, enabled=False):
         if not len(bank):
@@ -74,9 +75,11 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
 
         L_i = logsumexp_m(z_m.z_i / tau) - a z_i+.z_i / tau - (1 - a) mean_{t in P_i} z_t.z_i / tau
 
-    The contrast set m is the other queries, all keys and the queue. P_i, the anchor's class mates,
-    are those of its label other than itself and its own key z_i+. The share a of the own key is
-    `alpha` for every class size, 1 where P_i is empty; alpha=None sets a = 1 / (|P_i| + 1): SCL.
+    This is -1/(|P_i| + 1) sum_t log [exp(w_t z_t.z_i / tau) / sum_m exp(z_m.z_i / tau)] over z_i+
+    and P_i: the weights w_t = a (|P_i| + 1) of z_i+ and (1 - a)(|P_i| + 1) / |P_i| of P_i leave the
+    logarithm and lose the factor. The contrast set m is the other queries, all keys and the queue.
+    P_i, the anchor's class mates, are those of its label other than itself and its own key z_i+.
+    The share a is `alpha`, 1 where P_i is empty; alpha=None sets a = 1 / (|P_i| + 1): SCL.
 
     query [B, D]         embeddings z_i; gradient flows to them as anchors and as contrast
     key [B, D]           momentum embeddings z_i+ of the same images; constant
@@ -86,28 +89,18 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
     alpha                in [0, 1] or None
     temperature          tau > 0
 
-    Computed in float32 (float64 if the query is), also under autocast. ValueError names a bad
-    argument.
-    """
-    terms = dict(alpha=alpha, temperature=temperature)
-    return dscl_and_own_key(query, key, labels, queue, queue_labels, **terms)[0]
-
-
-def dscl_and_own_key(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature=0.07):
-    """dscl_loss, and p(z_i+|z_i) [B] of each anchor's own key in its contrast set.
-
-    The probability costs nothing more and carries no gradient. Free embeddings have it at `alpha`
-    in the end, under SCL at 1 / (|P_i| + 1): the supplementary's optimum.
+    Computed in float32 (float64 if the query is), also under autocast. ValueError or TypeError
+    names a bad argument.
     """
     _check_temperature(temperature)
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
-    _check_shape("query", query, (None, None), nonempty=True)
+    if alpha is not None and not (isinstance(alpha, Real) and 0 <= alpha <= 1):
+        raise ValueError(f"alpha must be a number in [0, 1] or None, got {alpha}")
+    _check("query", query, (None, None), least=1)
     size, dim = query.shape
-    _check_shape("key", key, (size, dim))
-    _check_shape("queue", queue, (None, dim))
-    _check_labels("labels", labels, size)
-    _check_labels("queue_labels", queue_labels, len(queue))
+    _check("key", key, (size, dim))
+    _check("labels", labels, (size,), integer=True)
+    _check("queue", queue, (None, dim))
+    _check("queue_labels", queue_labels, (len(queue),), integer=True)
     query, key, queue = _full_precision(query, key.detach(), queue.detach())
 
     with torch.autocast(query.device.type, enabled=False):
@@ -132,8 +125,7 @@ def dscl_and_own_key(query, key, labels, queue, queue_labels, *, alpha=0.1, temp
         else:
             share = torch.full_like(positives, alpha).masked_fill(positives == 0, 1)
         mean_pull = pull / positives.clamp(min=1)
-        loss = (logsumexp - share * own_logit - (1 - share) * mean_pull).mean()
-        return loss, (own_logit - logsumexp).detach().exp()
+        return (logsumexp - share * own_logit - (1 - share) * mean_pull).mean()
 
 
 def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
@@ -151,15 +143,15 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
     queue [K, D]         past keys, filled slots only, K may be 0; constant
     temperature          tau > 0
 
-    Computed in float32 (float64 if the patch is), also under autocast. ValueError names a bad
-    argument.
+    Computed in float32 (float64 if the patch is), also under autocast. ValueError or TypeError
+    names a bad argument.
     """
     _check_temperature(temperature)
-    _check_shape("patch", patch, (None, None, None), nonempty=True)
+    _check("patch", patch, (None, None, None), least=1)
     count, size, dim = patch.shape
-    _check_shape("roi", roi, (count, size, dim))
-    _check_shape("key", key, (size, dim))
-    _check_shape("queue", queue, (None, dim))
+    _check("roi", roi, (count, size, dim))
+    _check("key", key, (size, dim))
+    _check("queue", queue, (None, dim))
     patch, roi, key, queue = _full_precision(patch, roi.detach(), key.detach(), queue.detach())
 
     with torch.autocast(patch.device.type, enabled=False):
@@ -196,24 +188,21 @@ def _full_precision(*tensors):
 
 
 def _check_temperature(temperature):
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if not isinstance(temperature, Real):  # a tensor would get no gradient
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not (0 < temperature < float("inf") and 1 / temperature < torch.finfo(torch.float32).max):
+        raise ValueError(f"temperature must be positive and 1 / it finite, got {temperature}")
 
 
-def _check_shape(name, tensor, shape, nonempty=False):
-    expected = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
-    if tensor.ndim != len(shape) or any(
-        size not in (None, actual) for size, actual in zip(shape, tensor.shape)
-    ):
-        raise ValueError(f"{name} must have shape {expected}, got {list(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be of a float type, got {tensor.dtype}")
-    if nonempty and not tensor.numel():
-        raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}")
-
-
-def _check_labels(name, labels, size):
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"{name} must be of an integer type, got {labels.dtype}")
-    if labels.shape != (size,):
-        raise ValueError(f"{name} must have shape [{size}], got {list(labels.shape)}")
+def _check(name, tensor, shape, least=0, integer=False):
+    """Raises unless it is a tensor of that shape (None: any size from `least`) and kind."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    sizes = [s if e is None and s >= least else e for s, e in zip(tensor.shape, shape)]
+    if tensor.ndim != len(shape) or list(tensor.shape) != sizes:
+        expected = ", ".join(f"at least {least}" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
+    exact = tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not (exact if integer else tensor.is_floating_point()):
+        kind = "an integer" if integer else "a float"
+        raise ValueError(f"{name} must be of {kind} type, got {tensor.dtype}")

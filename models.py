@@ -1,199 +1,131 @@
 """What DSCL + PBSD trains: an encoder, its moving average, and the queue of past keys.
 
-Encoder          backbone + projection head: pictures, patches and regions to unit embeddings;
-                 several experts share the first stages
-MomentumEncoder  its exponential moving average, which makes the keys
-Queue            first-in-first-out memory of keys and labels
+Encoder         backbone f and projection head g: views, regions and patches to unit embeddings;
+                several experts share the first stages
+moving_average  makes the key encoder of it, whose embeddings are the keys z_i+
+Queue           M, the first-in-first-out memory of keys and labels
 """
 
-import copy
 from collections import OrderedDict
 from contextlib import contextmanager
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.models import get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import roi_align
 
-ARCHS = ("resnet_small", "resnet18", "resnet50", "resnet152", "resnext50_32x4d")
+SMALL_ARCHS = {
+    "resnet_small": dict(blocks=1, channels=32, strides=(2, 1, 2, 1)),
+    "resnet20": dict(blocks=3, channels=16, strides=(1, 1, 2, 2)),
+    "resnet32": dict(blocks=5, channels=16, strides=(1, 1, 2, 2)),
+}
+ARCHS = (*SMALL_ARCHS, "resnet18", "resnet50", "resnet152", "resnext50_32x4d")
 
 
-def build_backbone(arch, width=1.0):
-    """A ResNet up to its last feature map, and the channels of that map.
+def build_backbone(arch):
+    """One of ARCHS up to its last feature map, and the channels of that map.
 
-    Module names are torchvision's (conv1, bn1, layer1, ...), so weights move both ways. `width`
-    is a factor to the channels of what experts have of their own, layer3 and layer4.
+    Module names are torchvision's (conv1, bn1, layer1, ...), so weights move both ways.
     """
-    if arch == "resnet_small":
-        return resnet_small(width=width)
-    if arch not in ARCHS:
-        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch}")
-    resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
-    channels = resnet.fc.in_features
-    if width != 1:
-        stages = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
-
-        class Narrow(torchvision.models.ResNet):
-            def _make_layer(self, block, planes, *rest, **options):
-                planes = round(width * planes) if planes >= 256 else planes
-                return super()._make_layer(block, planes, *rest, **options)
-
-        resnet = Narrow(
-            type(resnet.layer1[0]),
-            [len(stage) for stage in stages],
-            zero_init_residual=True,
-            groups=resnet.groups,
-            width_per_group=resnet.base_width,
-        )
-        channels = round(width * 512) * resnet.layer1[0].expansion
+    if arch in SMALL_ARCHS:
+        return cifar_resnet(**SMALL_ARCHS[arch])
+    resnet = get_model(arch, weights=None, zero_init_residual=True)
     layers = [(name, m) for name, m in resnet.named_children() if name not in ("avgpool", "fc")]
-    return nn.Sequential(OrderedDict(layers)), channels
+    return nn.Sequential(OrderedDict(layers)), resnet.fc.in_features
 
 
-def load_pretrained(backbone, arch, source):
-    """Fill a backbone of build_backbone(arch) with weights of torchvision's architecture.
+def cifar_resnet(blocks, channels, strides):
+    """A ResNet for pictures of 28 to 64 pixels (He et al., 2016, section 4.2).
 
-    source is a file with a state dict, or torchvision's name of weights (such as IMAGENET1K_V1),
-    which it downloads once. Their classifier `fc` is left out. ValueError if they do not fit.
-    """
-    names = {}
-    if arch != "resnet_small":
-        names = torchvision.models.get_model_weights(arch).__members__
-    try:
-        if source in names:
-            state = names[source].get_state_dict()
-        else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-        backbone.load_state_dict(state)
-    except URLError as error:
-        raise ValueError(f"cannot fetch {names[source].url} ({error.reason})") from None
-    except Exception as error:  # a missing or foreign file, weights of another network
-        reason = " ".join(str(error).split())[:160]
-        known = f", nor torchvision's {' or '.join(names)}" if names else ""
-        raise ValueError(f"no file of {arch} weights{known} ({reason})") from None
-
-
-def resnet_small(channels=32, width=1.0):
-    """ResNet-8 for pictures of 28 to 32 pixels: 3x3 stem, three residual blocks, stride 4 in all.
-
-    The stem strides as well, which buys twice the width of a ResNet-20 (He et al., 2016, section
-    4.2) at equal time. No zero-init: in so few blocks it costs a short run several points.
+    A 3x3 stem and three stages of `blocks` basic blocks with projection shortcuts; `strides` of
+    stem and stages. resnet_small has one block a stage, twice the width of resnet20 and a stem of
+    stride 2: more accuracy in equal time. No zero-init: in so few blocks it costs a short run
+    several points.
     """
 
-    def block(inputs, outputs, stride):
+    def stage(inputs, outputs, stride):
         shortcut = None
         if (inputs, 1) != (outputs, stride):
-            shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-        return BasicBlock(inputs, outputs, stride, shortcut)
+            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+        first = BasicBlock(inputs, outputs, stride, shortcut)
+        return nn.Sequential(first, *[BasicBlock(outputs, outputs) for _ in range(blocks - 1)])
 
-    last = round(width * 4 * channels)
-    backbone = nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False),
-            bn1=nn.BatchNorm2d(channels),
-            relu=nn.ReLU(inplace=True),
-            layer1=block(channels, channels, 1),
-            layer2=block(channels, 2 * channels, 2),
-            layer3=block(2 * channels, last, 1),
-        )
+    stem, *rest = strides
+    layers = dict(
+        conv1=nn.Conv2d(3, channels, 3, stem, padding=1, bias=False),
+        bn1=nn.BatchNorm2d(channels),
+        relu=nn.ReLU(inplace=True),
+        layer1=stage(channels, channels, rest[0]),
+        layer2=stage(channels, 2 * channels, rest[1]),
+        layer3=stage(2 * channels, 4 * channels, rest[2]),
     )
+    backbone = nn.Sequential(OrderedDict(layers))
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):  # as torchvision initialises its ResNets
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return backbone, last
+    return backbone, 4 * channels
 
 
 class Encoder(nn.Module):
-    """Backbone f and projection head g: the embedding of x is normalise(g(f(x))), float32.
+    """Backbone f and projection head g of E experts; embeddings are normalise(g(f(x))), float32.
 
-    arch is one of ARCHS, dim that of the embedding. With `classes` the head is a linear classifier
-    and gives its logits instead: the cross-entropy baseline.
-
-    `experts` E share the backbone up to layer2; each has its own layer3, layer4 and head (RIDE,
-    Wang et al., 2021), of `width` times the channels. Their embeddings stand side by side in E dim
-    columns, an expert's in a chunk(E, -1). The first is `backbone` and `head`.
+    The experts share the backbone up to layer2 (`shared`); each has its own layer3, layer4
+    (`branches`) and head (RIDE, Wang et al., 2021). Outputs have the experts as first dimension.
+    With `classes` the heads are linear classifiers and give logits [E, B, classes] instead: of the
+    cross-entropy baseline and of stage 2.
     """
 
-    def __init__(self, arch, dim=128, classes=None, experts=1, width=1.0):
+    def __init__(self, arch, experts=1, classes=None, dim=128):
         super().__init__()
-        self.backbone, channels = build_backbone(arch, width)
-        self.shared = list(dict(self.backbone.named_children())).index("layer3")
-        self.dim = experts * (classes or dim)
+        backbone, channels = build_backbone(arch)
+        split = list(dict(backbone.named_children())).index("layer3")
+        self.shared = backbone[:split]
+        self.branches = nn.ModuleList([backbone[split:]])
+        self.branches.extend(build_backbone(arch)[0][split:] for _ in range(experts - 1))
+        self.heads = Heads(
+            nn.Linear(channels, classes) if classes else projection(channels, dim)
+            for _ in range(experts)
+        )
 
-        def head():
-            if classes:
-                return nn.Linear(channels, classes)
-            return nn.Sequential(
-                nn.Linear(channels, channels),
-                nn.ReLU(inplace=True),
-                nn.Linear(channels, dim),
-                UnitLength(),
-            )
+    def forward(self, view, boxes=None, patches=None):
+        """Embeddings of views and, as teacher and student, of their regions and patches.
 
-        self.head = head()
-        self.experts = nn.ModuleList()
-        for _ in range(experts - 1):
-            layers = build_backbone(arch, width)[0][self.shared :]
-            self.experts.append(nn.ModuleDict(dict(layers=layers, head=head())))
-
-    def forward(self, images, patches=None):
-        """images [B, 3, H, W] to (embedding [B, E dim], E feature maps [B, channels, h, w], None).
-
-        With patches [L, B, 3, S, S] the third is their embeddings [L, B, E dim]: one pass for all
-        L patches of the batch. It leaves BatchNorm's running statistics alone, so that these
-        describe whole views.
+        view [B, 3, V, V], boxes [L, B, 4] as x1, y1, x2, y2 in its pixels, patches
+        [L, B, 3, S, S]. Returns z [E, B, D], c [E, L, B, D] without gradient and s [E, L, B, D];
+        c and s are None without patches.
         """
-        feature_maps = self.features(images)
-        embedding = self.embed(feature_maps)
+        feature_maps = self.feature_maps(view)
+        z = self.heads(means(feature_maps))
         if patches is None:
-            return embedding, feature_maps, None
+            return z, None, None
+        with torch.no_grad():
+            regions = [roi_means(maps, boxes, view.shape[-1]) for maps in feature_maps]
+            c = self.heads(torch.stack(regions))
+        # All L x B patches in one pass; running statistics describe whole views alone.
         with frozen_running_statistics(self):
-            patch_maps = self.features(patches.flatten(0, 1))
-        return embedding, feature_maps, self.embed(patch_maps).unflatten(0, patches.shape[:2])
+            s = self.heads(means(self.feature_maps(patches.flatten(0, 1))))
+        return z, c, s.unflatten(1, patches.shape[:2])
 
-    def features(self, images):
-        """The last feature map of every expert."""
-        shared = self.backbone[: self.shared](images)
-        own = self.backbone[self.shared :], *(expert["layers"] for expert in self.experts)
-        return [layers(shared) for layers in own]
+    def feature_maps(self, view):
+        """The last feature map [B, C, h, w] of every expert."""
+        shared = self.shared(view)
+        return [branch(shared) for branch in self.branches]
 
-    @property
-    def heads(self):
-        """The head of every expert."""
-        return [self.head, *(expert["head"] for expert in self.experts)]
+    def features(self, view):
+        """What stage 2 and kNN see, float32 [E, B, C]: the means of the feature maps."""
+        return means([maps.float() for maps in self.feature_maps(view)])
 
-    def embed(self, feature_maps):
-        """Embeddings of the mean over each expert's feature map [N, channels, h, w]: [N, E dim]."""
-        embeddings = [head(maps.mean((2, 3))) for head, maps in zip(self.heads, feature_maps)]
-        return torch.cat(embeddings, dim=-1)
 
-    def embed_regions(self, feature_maps, boxes, view_size):
-        """Embeddings c_i[j] [L, B, E dim] of regions of each picture's feature map: the teacher.
+class Heads(nn.ModuleList):
+    """One head an expert: rows [E, ..., C] to [E, ..., D]."""
 
-        feature_maps: E x [B, channels, h, w] of square views of `view_size` pixels; boxes
-        [L, B, 4] as x1, y1, x2, y2 in pixels of the view. RoIAlign to 2 x 2 bins and their mean.
-        """
-        count, size, _ = boxes.shape
-        rows = torch.arange(size, device=boxes.device, dtype=boxes.dtype).repeat(count)
-        rois = torch.cat([rows[:, None], boxes.flatten(0, 1)], dim=1)
-        regions = [
-            roi_align(
-                feature_map.float(),
-                rois,
-                output_size=2,
-                spatial_scale=feature_map.shape[-1] / view_size,
-                aligned=True,
-            )
-            for feature_map in feature_maps
-        ]
-        return self.embed(regions).unflatten(0, (count, size))
+    def forward(self, rows):
+        return torch.stack([head(own) for head, own in zip(self, rows)])
 
 
 class UnitLength(nn.Module):
@@ -203,60 +135,90 @@ class UnitLength(nn.Module):
         return F.normalize(rows.float(), dim=-1)
 
 
+def projection(channels, dim):
+    """The head g: Linear, ReLU, Linear, normalise."""
+    layers = nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, dim)
+    return nn.Sequential(*layers, UnitLength())
+
+
+def means(feature_maps):
+    """The mean over each expert's feature map: [E, B, C]."""
+    return torch.stack([maps.mean((2, 3)) for maps in feature_maps])
+
+
+def roi_means(feature_map, boxes, view_size):
+    """The mean of RoIAlign to 2 x 2 of every box [L, B, 4], in pixels of the view: [L, B, C]."""
+    count, size, _ = boxes.shape
+    rows = torch.arange(size, device=boxes.device, dtype=boxes.dtype).repeat(count)
+    rois = torch.cat([rows[:, None], boxes.flatten(0, 1)], dim=1)
+    scale = feature_map.shape[-1] / view_size
+    # aligned=True: without it every box is shifted by half a cell.
+    regions = roi_align(feature_map.float(), rois, 2, spatial_scale=scale, aligned=True)
+    return regions.mean((2, 3)).unflatten(0, (count, size))
+
+
 @contextmanager
 def frozen_running_statistics(module):
     """BatchNorm normalises by the batch as in training, but its running statistics stand still."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracked = [m.track_running_stats for m in norms]
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm, track in zip(norms, tracked):
-            norm.track_running_stats = track
+    yield
+    for norm in norms:
+        norm.track_running_stats = True
 
 
-class MomentumEncoder(nn.Module):
-    """Exponential moving average of an encoder: theta_key <- m theta_key + (1 - m) theta_query.
+def load_pretrained(encoder, arch, source):
+    """Start every expert's backbone from the weights of torchvision's architecture.
 
-    Only parameters are averaged. BatchNorm normalises keys by their own batch, and its buffers
-    are those of the key views it saw itself.
+    source is a file with a state dict, or torchvision's name of weights (such as IMAGENET1K_V1),
+    which it downloads once. Their classifier `fc` is left out. ValueError if they do not fit.
     """
+    names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
+    try:
+        if source in names:
+            state = names[source].get_state_dict()
+        else:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        for branch in encoder.branches:
+            layers = *encoder.shared.named_children(), *branch.named_children()
+            nn.Sequential(OrderedDict(layers)).load_state_dict(state)
+    except URLError as error:
+        raise ValueError(f"cannot fetch {names[source].url} ({error.reason})") from None
+    except Exception as error:  # a missing or foreign file, weights of another network
+        reason = " ".join(str(error).split())[:160]
+        known = f", nor torchvision's {' or '.join(names)}" if names else ""
+        raise ValueError(f"no file of {arch} weights{known} ({reason})") from None
 
-    def __init__(self, encoder, momentum):
-        super().__init__()
-        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.average = get_ema_multi_avg_fn(momentum)
 
-    @torch.no_grad()
-    def update(self, encoder):
-        """One step of the average, a single fused operation on all parameters."""
-        self.average(list(self.encoder.parameters()), list(encoder.parameters()), None)
+@torch.no_grad()
+def moving_average(key_encoder, encoder, momentum):
+    """The key encoder's step: theta_key <- m theta_key + (1 - m) theta_query, in one operation.
 
-    @torch.no_grad()
-    def forward(self, images):
-        """images [B, 3, H, W] to keys [B, dim], without gradient."""
-        return self.encoder(images)[0]
+    Of parameters alone: its BatchNorm normalises keys by their own batch.
+    """
+    average = get_ema_multi_avg_fn(momentum)
+    average(list(key_encoder.parameters()), list(encoder.parameters()), None)
 
 
 class Queue(nn.Module):
-    """The last `size` keys and their labels, first in, first out; any batch size.
+    """The last `size` keys of E experts and their labels, first in, first out; any batch size.
 
-    Slots that were never written are never given: `keys` [K, dim] and `labels` [K] grow from
+    Slots that were never written are never given: `keys` [E, K, D] and `labels` [K] grow from
     empty to `size`. All of it is part of the state dict.
     """
 
-    def __init__(self, size, dim):
+    def __init__(self, size, experts=1, dim=128):
         super().__init__()
         self.size = size
         self.written = 0  # keys ever put in; a host integer, so that no step waits for the device
-        self.register_buffer("key_slots", torch.zeros(size, dim))
+        self.register_buffer("key_slots", torch.zeros(experts, size, dim))
         self.register_buffer("label_slots", torch.zeros(size, dtype=torch.long))
 
     @property
     def keys(self):
-        return self.key_slots[: self.written]
+        return self.key_slots[:, : self.written]
 
     @property
     def labels(self):
@@ -264,12 +226,12 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def put(self, keys, labels):
-        """keys [B, dim] and labels [B] take the place of the oldest; of B > size the last stay."""
-        start = self.written + max(len(keys) - self.size, 0)
-        self.written += len(keys)
+        """keys [E, B, D] and labels [B] replace the oldest; of B > size the last stay."""
+        start = self.written + max(len(labels) - self.size, 0)
+        self.written += len(labels)
         slots = torch.arange(start, self.written, device=keys.device) % max(self.size, 1)
-        stay = len(keys) - len(slots)
-        self.key_slots[slots] = keys[stay:]
+        stay = len(labels) - len(slots)
+        self.key_slots[:, slots] = keys[:, stay:]
         self.label_slots[slots] = labels[stay:]
 
     def get_extra_state(self):

@@ -1,13 +1,17 @@
 """Speed and memory, side by side in one run, on this machine.
 
-python tests/benchmark.py losses        # both losses against a dense implementation
-python tests/benchmark.py losses --device cuda
-python tests/benchmark.py step          # a training step against the networks alone
-python tests/benchmark.py input         # pictures a second of one data loading process
-python tests/benchmark.py cost          # FLOPs and memory of a picture, by data set
+    python tests/benchmark.py losses                   # both losses against a dense implementation
+    python tests/benchmark.py step --device cuda       # a training step and the networks alone
+    python tests/benchmark.py input --pictures DIR     # one data loading process, on your JPEGs
+    python tests/benchmark.py cost                     # FLOPs and memory of a picture, by data set
+
+Sides take turns, so that a machine that drifts is fair to all: median (min to max) of the rounds.
+Speed is against the first side; memory what a step adds at its peak, in a process of its own.
 """
 
 import argparse
+import copy
+import os
 import platform
 import random
 import resource
@@ -18,23 +22,132 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Draws, ImageFiles, key_view, load_dataset, query_views, read_index, recipe_of
+import data
+import train
+from data import DATASETS, Draws, ImageFiles, number, recipe_of
 from losses import dscl_loss, pbsd_loss
-from models import Encoder, MomentumEncoder, Queue
-from train import Shuffle, autocast, dscl_and_pbsd, load_batches, precision
+from models import Encoder, Queue, frozen_running_statistics, means, roi_means
 
 BATCH, QUEUE, DIM, PATCHES, CLASSES = 256, 65536, 128, 5, 1000
 BATCH_INPUT = 32  # 256 on eight GPUs
+RECIPES = {"fashion_mnist_lt": {}, "imagenet_lt": {"batch_size": 8}}  # a CPU's memory and patience
+
+# ---------------------------------------------------------------------------------- measuring
+
+
+def in_turn(runs, args):
+    """Seconds of each run in every round, {name: [rounds]}; a round before them loads code."""
+    seconds = {name: [] for name in runs}
+    for count in range(args.rounds + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] += [time.perf_counter() - began] if count else []
+    return seconds
+
+
+def spread(values, digits=2):
+    middle = statistics.median(values)
+    return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def ratio(one, other):
+    """The ratio of two lists, round by round."""
+    return spread([a / b for a, b in zip(one, other)])
+
+
+def show(rows):
+    """Print rows of text, each column as wide as its widest entry."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, *cells in rows:
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])]
+        print(f"{name:<{widths[0]}}", *aligned, sep="   ")
+
+
+def machine(device):
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    elif info.exists():
+        name = info.read_text().partition("model name\t: ")[2].partition("\n")[0] or name
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are dispatched, but for views, which compute nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aliases = [returned.alias_info for returned in function._schema.returns]
+        self.count += not any(alias and not alias.is_write for alias in aliases)
+        return function(*args, **(kwargs or {}))
+
+
+def peak_megabytes(make, device):
+    """What a step adds at its peak; make() gives it and a small one, which has torch load code."""
+    step, small = make()
+    small()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    usage, unit = partial(resource.getrusage, resource.RUSAGE_SELF), 2**10
+    if sys.platform == "darwin":  # in bytes, and it does not tell what is held now
+        before, unit = usage().ru_maxrss / 2**20, 2**20
+    else:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        before = pages * resource.getpagesize() / 2**20
+    step()
+    return usage().ru_maxrss / unit - before
+
+
+def peak(args):
+    """The command that compare() runs for each side."""
+    print(peak_megabytes(partial(maker(*args.what), args.device), args.device))
+
+
+def maker(side, recipe=None):
+    """make(device) of a side of a recipe's step or else of the losses: a step, and a small one."""
+    return partial(step_of, side, settings_of(recipe)) if recipe else partial(losses_of, side)
+
+
+def compare(args, sides, *recipe):
+    """Print a table of the sides; what a step of each returns."""
+    memory = {}  # before anything else: a child's peak starts at what its parent holds
+    for side in sides:
+        command = [sys.executable, __file__, "peak", side, *recipe, "--device", args.device]
+        memory[side] = float(subprocess.check_output(command))
+    steps = {side: maker(side, *recipe)(args.device)[0] for side in sides}
+    seconds, results = in_turn(steps, args), {}
+    rows = [["", "seconds", "speed", "launches", "memory"] + ["over its floor"] * len(recipe)]
+    for side, own in seconds.items():
+        with Launches() as launches:
+            results[side] = steps[side]()
+        rows.append([side, spread(own, 4), ratio(seconds[sides[0]], own)])
+        rows[-1] += [f"{launches.count:,}", f"{memory[side]:.0f} MB"]
+        if recipe:
+            rows[-1] += [ratio(own, seconds["floor, bf16" if "bf16" in side else "floor"])]
+    show(rows)
+    return results
+
+
+# ------------------------------------------------------------------------------------- losses
 
 
 def dense_losses(query, key, labels, queue, queue_labels, roi, patch, alpha=0.1, temperature=0.07):
@@ -66,248 +179,167 @@ def our_losses(query, key, labels, queue, queue_labels, roi, patch):
     return dscl_loss(query, key, labels, queue, queue_labels), pbsd_loss(roi, patch, key, queue)
 
 
-SIDES = {"dense": dense_losses, "ours": our_losses}
+LOSSES = {"dense": dense_losses, "ours": our_losses}
 
 
-def inputs(device):
-    torch.manual_seed(0)
+def losses_of(side, device):
+    """Forward and backward of a side, and a small one: each gives both losses and gradients."""
 
-    def unit(*shape):
-        return F.normalize(torch.randn(*shape), dim=-1).to(device)
+    def step_on(batch, size):
+        torch.manual_seed(0)
+        shapes = [(batch, DIM), (batch, DIM), (size, DIM), *[(PATCHES, batch, DIM)] * 2]
+        rows = [F.normalize(torch.randn(shape), dim=-1).to(device) for shape in shapes]
+        query, key, queue, roi, patch = rows
+        labels, queue_labels = (torch.randint(CLASSES, (n,)).to(device) for n in (batch, size))
 
-    labels, queue_labels = (torch.randint(CLASSES, (n,)).to(device) for n in (BATCH, QUEUE))
-    query, patch = unit(BATCH, DIM).requires_grad_(), unit(PATCHES, BATCH, DIM).requires_grad_()
-    roi = unit(PATCHES, BATCH, DIM)
-    return query, unit(BATCH, DIM), labels, unit(QUEUE, DIM), queue_labels, roi, patch
+        def step():
+            learned = query.detach().requires_grad_(), patch.detach().requires_grad_()
+            values = LOSSES[side](learned[0], key, labels, queue, queue_labels, roi, learned[1])
+            sum(values).backward()
+            return [value.detach() for value in values] + [leaf.grad for leaf in learned]
 
+        return step
 
-def forward_backward(side, tensors):
-    """One step of a side: its two losses and the gradients of query and patch."""
-    query, patch = tensors[0], tensors[-1]
-    query.grad = patch.grad = None
-    values = SIDES[side](*tensors)
-    sum(values).backward()
-    wait(query.device)
-    return [value.item() for value in values], query.grad, patch.grad
-
-
-def wait(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
-def loss_step(side, device):
-    """A step of a side of the losses, and a small one that has torch load its code."""
-    tensors = inputs(device)
-    small = [t.detach()[..., :64, :].clone() if t.is_floating_point() else t[:64] for t in tensors]
-    small[0].requires_grad_(), small[-1].requires_grad_()
-    return lambda: forward_backward(side, tensors), lambda: forward_backward(side, small)
+    return step_on(BATCH, QUEUE), step_on(64, 64)
 
 
 def losses(args):
-    # Memory first: a child's peak starts at what its parent holds when it is born.
-    memory = {side: peak_of(args.device, "losses", side) for side in SIDES}
-    tensors = inputs(args.device)
-    results = {side: forward_backward(side, tensors) for side in SIDES}
-    times = {side: [] for side in SIDES}
-    for _ in range(args.rounds):  # in turn, so that a machine that drifts is fair to both
-        for side in SIDES:
-            began = time.perf_counter()
-            forward_backward(side, tensors)
-            times[side].append(time.perf_counter() - began)
-
-    print(
-        f"DSCL + PBSD, forward and backward, float32: "
-        f"B = {BATCH}, K = {QUEUE}, D = {DIM}, L = {PATCHES}"
-    )
-    print(f"{machine(args.device)}; {args.rounds} rounds in turn, median (min to max)\n")
-    print(f"{'':<8}{'seconds':>24}{'extra memory':>16}{'DSCL':>12}{'PBSD':>12}")
-    for side in SIDES:
-        t = sorted(times[side])
-        seconds = f"{statistics.median(t):.3f} ({t[0]:.3f} to {t[-1]:.3f})"
-        dscl, pbsd = results[side][0]
-        print(f"{side:<8}{seconds:>24}{memory[side]:>13.0f} MB{dscl:>12.6f}{pbsd:>12.6f}")
-    ratios = sorted(dense / ours for dense, ours in zip(times["dense"], times["ours"]))
-    print(
-        f"\nours is {statistics.median(ratios):.1f} times as fast (by round {ratios[0]:.1f} to "
-        f"{ratios[-1]:.1f}) in 1/{memory['dense'] / memory['ours']:.0f} of the memory"
-    )
-    for index, name in ((1, "query"), (2, "patch")):
-        dense, ours = results["dense"][index], results["ours"][index]
+    sizes = f"B = {BATCH}, K = {QUEUE}, D = {DIM}, L = {PATCHES}"
+    print(f"DSCL + PBSD, forward and backward, float32: {sizes}")
+    print(f"{args.rounds} rounds; {machine(args.device)}\n")
+    results = compare(args, list(LOSSES)).values()
+    for name, dense, ours in zip(("DSCL", "PBSD", "gradient at query", "at patch"), *results):
         difference = ((dense - ours).abs().max() / dense.abs().max()).item()
-        print(f"gradient at {name}: largest difference {difference:.0e} of the largest entry")
+        print(f"{name}: largest difference {difference:.0e} of the largest entry")
 
 
-# ---------------------------------------------------------------------------------------- step
+# --------------------------------------------------------------------------------------- step
 
 
-RECIPES = {"fashion_mnist_lt": {}, "imagenet_lt": {"batch_size": 8}}  # a CPU's memory and patience
+def settings_of(name, **changes):
+    """train.py's arguments for a data set's recipe, with a batch for a CPU."""
+    run = dict(seed=0, loss="dscl", amp="off") | RECIPES.get(name, {}) | changes
+    return recipe_of(name, "views", "stage1", **run)
 
 
-class Straightforward:
-    """A step as first written down: five patch passes, an EMA loop, dense losses, contiguous."""
+def images_of(args, device):
+    """uint8 images [B, C, H, W] of random pixels, of the shape in which the loader gives them."""
+    shape = 3, args.view_size, args.view_size
+    if data.in_memory(args.dataset):
+        shape = data.load_dataset(args.dataset)["train"].images.shape[1:]
+    return torch.randint(256, (args.batch_size, *shape), dtype=torch.uint8).to(device)
 
-    layout, amp = torch.contiguous_format, "off"
+
+def views_of(images, args):
+    """Query view [B, 3, V, V], boxes [L, B, 4], patches [L, B, 3, S, S] and key view."""
+    draws = Draws(0, len(images), slice(None), images.device)
+    return *data.query_views(images, draws, args), data.key_view(images, draws, args)
+
+
+class Ours:
+    """train.py's step, but for the views, which are given: weights, averages and queue change."""
+
+    layout, optimizer_options = torch.channels_last, dict(fused=True)
 
     def __init__(self, args, device):
         torch.manual_seed(0)
         self.args, self.device = args, device
-        encoder = Encoder(args.arch, experts=args.experts, width=args.expert_width)
-        self.encoder = encoder.to(device, memory_format=self.layout).train()
-        self.momentum_encoder = MomentumEncoder(self.encoder, args.momentum_encoder)
-        self.optimizer = self.make_optimizer(lr=1e-3, momentum=0.9, weight_decay=args.weight_decay)
-        size, dim = args.queue_size, self.encoder.dim
-        self.queue = Queue(size, dim).to(device)
-        for count in torch.arange(size).split(1024):  # at once it would be the peak of memory
-            keys = F.normalize(torch.randn(len(count), dim), dim=1).to(device)
-            self.queue.put(keys, torch.randint(CLASSES, (len(count),)).to(device))
+        encoder = Encoder(args.arch, args.experts)
+        self.encoder = encoder.to(device, memory_format=self.layout)
+        self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        options = dict(momentum=0.9, weight_decay=args.weight_decay) | self.optimizer_options
+        self.optimizer = torch.optim.SGD(self.encoder.parameters(), lr=1e-3, **options)
+        self.queue = Queue(args.queue_size, args.experts).to(device)
+        for part in torch.arange(args.queue_size).split(1024):  # all at once would be the peak
+            keys = F.normalize(torch.randn(args.experts, len(part), DIM), dim=2).to(device)
+            self.queue.put(keys, torch.randint(CLASSES, (len(part),)).to(device))
 
-    def make_optimizer(self, **options):
-        return torch.optim.SGD(self.encoder.parameters(), **options)
+    def inputs(self, **changes):
+        """What a step takes: the views of random images, and labels."""
+        args = argparse.Namespace(**vars(self.args) | changes)
+        views = views_of(images_of(args, self.device), args)
+        return *views, torch.randint(CLASSES, (args.batch_size,)).to(self.device)
 
-    def inputs(self, *sizes):
-        args = self.args
-        recipe = args.batch_size, args.view_size, args.patch_size
-        batch_size, view_size, patch_size = sizes or recipe
-        images = torch.rand(batch_size, 3, view_size, view_size)
-        patches = torch.rand(args.patches * batch_size, 3, patch_size, patch_size)
-        query, key, patches = (
-            tensor.to(self.device).contiguous(memory_format=self.layout)
-            for tensor in (images, images.flip(3), patches)
-        )
-        boxes = torch.tensor([0.1, 0.2, 0.5, 0.7], device=self.device) * view_size
-        boxes = boxes.expand(args.patches, batch_size, 4)
-        labels = torch.randint(CLASSES, (batch_size,)).to(self.device)
-        return query, boxes, patches.unflatten(0, (args.patches, batch_size)), key, labels
-
-    def loss(self, view, boxes, patches, view_of_key, labels):
-        query, feature_maps, _ = self.encoder(view)
-        embedded = torch.stack([self.encoder(patch)[0] for patch in patches])
-        averages, m = self.momentum_encoder.parameters(), self.args.momentum_encoder
-        with torch.no_grad():
-            for average, parameter in zip(averages, self.encoder.parameters()):
-                average.data = average.data * m + parameter.data * (1 - m)
-            key = self.momentum_encoder(view_of_key)
-            roi = self.encoder.embed_regions(feature_maps, boxes, view.shape[-1])
-        bank = self.queue.keys.clone(), self.queue.labels.clone()  # autograd keeps them
-        dscl, pbsd = dense_losses(query, key, labels, *bank, roi, embedded)
-        self.queue.put(key, labels)
-        return dscl + self.args.pbsd_weight * pbsd
+    def loss(self, view, boxes, patches, key_view, labels):
+        shuffle = train.Shuffle(self.args, 0, 0, 1, self.device)
+        parts = self.encoder, self.key_encoder, self.queue
+        given = dict(query_views=lambda *_: (view, boxes, patches), key_view=lambda *_: key_view)
+        with mock.patch.multiple(data, **given):
+            return train.dscl_pbsd_step(*parts, [None], labels, shuffle, self.args)["loss"]
 
     def step(self, *inputs):
-        with autocast(self.device, self.amp):
-            loss = self.loss(*inputs)
-        loss.backward()
+        self.loss(*inputs).backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        wait(self.device)
+        self.optimizer.zero_grad()
 
 
-class Ours(Straightforward):
-    layout = torch.channels_last
+class Straightforward(Ours):
+    """As first written down: L patch passes, an EMA loop, dense losses, contiguous pictures."""
 
-    def make_optimizer(self, **options):
-        return torch.optim.SGD(self.encoder.parameters(), fused=True, **options)
+    layout, optimizer_options = torch.contiguous_format, {}
 
-    def loss(self, *inputs):
-        shuffle = Shuffle(0, self.args.batch_size, 0, 1, self.device)
-        parts = self.encoder, self.momentum_encoder, self.queue
-        return dscl_and_pbsd(*parts, *inputs, shuffle, self.args)[0][0]
+    def inputs(self, **changes):
+        return [part.contiguous() for part in super().inputs(**changes)]
+
+    def loss(self, view, boxes, patches, key_view, labels):
+        feature_maps, m = self.encoder.feature_maps(view), self.args.momentum_encoder
+        z = self.encoder.heads(means(feature_maps))
+        s = torch.stack([self.encoder(patch)[0][0] for patch in patches])
+        with torch.no_grad():
+            averages = self.key_encoder.parameters()
+            for average, parameter in zip(averages, self.encoder.parameters()):
+                average.data = average.data * m + parameter.data * (1 - m)
+            z_plus, _, _ = self.key_encoder(key_view)
+            c = self.encoder.heads([roi_means(feature_maps[0], boxes, view.shape[-1])])
+        bank = self.queue.keys[0].clone(), self.queue.labels.clone()  # autograd keeps them
+        dscl, pbsd = dense_losses(z[0], z_plus[0], labels, *bank, c[0], s)
+        self.queue.put(z_plus, labels)
+        return dscl + self.args.pbsd_weight * pbsd
 
 
 class Floor(Ours):
     """The same networks forward and backward, and nothing else."""
 
-    def step(self, view, boxes, patches, view_of_key, labels):
-        with autocast(self.device, self.amp):
-            query, _, patch = self.encoder(view, patches)
-            self.momentum_encoder(view_of_key)
-        (query.sum() + patch.sum()).backward()
-        self.encoder.zero_grad(set_to_none=True)
-        wait(self.device)
+    def step(self, view, boxes, patches, key_view, labels):
+        with train.autocast(self.device, self.args.amp):
+            z, _, _ = self.encoder(view)
+            with frozen_running_statistics(self.encoder):
+                s, _, _ = self.encoder(patches.flatten(0, 1))
+            self.key_encoder(key_view)
+        (z.sum() + s.sum()).backward()
+        self.encoder.zero_grad()
 
 
-STEPS = {
-    "straightforward": Straightforward,
-    "ours": Ours,
-    "ours, bfloat16": type("", (Ours,), dict(amp="bf16")),
-    "floor": Floor,
-    "floor, bfloat16": type("", (Floor,), dict(amp="bf16")),
-}
-
-
-def settings_of(name, **changes):
-    """train.py's arguments for a data set's recipe, with a batch for a CPU."""
-    settings = recipe_of(name)["stage1"] | RECIPES[name] | changes
-    return argparse.Namespace(**settings, contrast="global")
-
-
-def views_of(name, args, device):
-    """Makes all views of a batch."""
-    recipe = recipe_of(name) | vars(args)
-    if recipe["cut"] == "device":
-        images = load_dataset(name)["train"].images[: args.batch_size].to(device)
-    else:
-        size = args.batch_size, 3, args.view_size, args.view_size
-        images = torch.randint(256, size, dtype=torch.uint8, device=device)
-
-    def make():
-        draws = Draws(0, len(images), slice(None), device)
-        query_views(images, draws, recipe, args.patches)
-        key_view(images, draws, recipe)
-        wait(device)
-
-    return make
+STEPS = {"straightforward": (Straightforward, "off"), "ours": (Ours, "off")}
+STEPS |= {"ours, bf16": (Ours, "bf16"), "floor": (Floor, "off"), "floor, bf16": (Floor, "bf16")}
 
 
 def step_of(side, args, device):
     """A step of a side, and a small one that has torch load its code."""
-    part = STEPS[side](args, torch.device(device))
-    inputs, small = part.inputs(), part.inputs(2, 32, 16)
-    return lambda: part.step(*inputs), lambda: part.step(*small)
+    kind, amp = STEPS[side]
+    part = kind(argparse.Namespace(**vars(args) | dict(amp=amp)), torch.device(device))
+    small = part.inputs(batch_size=2, view_size=32, patch_size=16)
+    return partial(part.step, *part.inputs()), partial(part.step, *small)
 
 
 def step(args):
-    device = torch.device(args.device)
-    sides = [side for side in STEPS if precision("auto", device) == "bf16" or "," not in side]
-    print(
-        f"a training step: views given, weights, averages and queue changed; {args.rounds} rounds"
-    )
-    print(f"in turn, median (min to max); {machine(args.device)}")
+    args.amp = "auto"
+    train.start(args)  # tells whether the device computes in bfloat16
+    sides = [side for side, (_, amp) in STEPS.items() if amp in ("off", args.amp)]
+    print("a training step, without making its views; launches: operations that are no views")
+    print(f"{args.rounds} rounds; {machine(args.device)}")
     for name in args.recipes:
-        memory = {side: peak_of(args.device, "step", side, name) for side in sides}
         settings = settings_of(name)
-        steps = {side: step_of(side, settings, args.device)[0] for side in sides}
-        steps["views"] = views_of(name, settings, args.device)
-        seconds = {side: [] for side in steps}
-        for number in range(args.rounds + 1):  # in turn, so that a machine that drifts is fair
-            for side, run in steps.items():
-                began = time.perf_counter()
-                run()
-                if number:  # the first loads code and makes momentum
-                    seconds[side].append(time.perf_counter() - began)
         print(
             f"\n{name}: {settings.arch}, {settings.view_size} pixels, {settings.patches} patches "
             f"of {settings.patch_size}, batch {settings.batch_size}, K = {settings.queue_size}"
         )
-        print(f"{'':<17}{'seconds':>25}{'speed':>21}{'over its floor':>21}{'memory':>10}")
-        for side in sides:
-            t = seconds[side]
-            values = f"{statistics.median(t):.4f} ({min(t):.4f} to {max(t):.4f})"
-            line = f"{side:<17}{values:>25}"
-            line += f"{against(seconds['straightforward'], t):>21}"
-            line += f"{against(t, seconds[side.replace('ours', 'floor')]):>21}"
-            print(f"{line}{memory[side]:>7.0f} MB")
-        print(f"making the views took {statistics.median(seconds['views']):.4f} s besides")
+        compare(args, sides, name)
+        views = partial(views_of, images_of(settings, args.device), settings)
+        print(f"making the views: {spread(in_turn(dict(views=views), args)['views'], 4)} s more")
 
 
-def against(one, other):
-    """Ratio of two lists of seconds, round by round: median (min to max)."""
-    ratios = sorted(a / b for a, b in zip(one, other))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-
-
-# --------------------------------------------------------------------------------------- input
+# -------------------------------------------------------------------------------------- input
 
 
 def photograph(generator, width, height):
@@ -331,24 +363,18 @@ class Published:
 
     def __init__(self, files, recipe):
         def augment(jitter, jitter_p, grey_p, blur_p):
-            return transforms.Compose(
-                [
-                    transforms.RandomHorizontalFlip(),
-                    transforms.RandomApply([transforms.ColorJitter(*jitter)], jitter_p),
-                    transforms.RandomGrayscale(grey_p),
-                    transforms.RandomApply([self.blur], blur_p),
-                    transforms.ToTensor(),
-                    transforms.Normalize(recipe["mean"], recipe["std"]),
-                ]
-            )
+            jitter = transforms.RandomApply([transforms.ColorJitter(*jitter)], jitter_p)
+            blur = transforms.RandomApply([self.blur], blur_p)
+            colors = jitter, transforms.RandomGrayscale(grey_p), blur
+            tensor = transforms.ToTensor(), transforms.Normalize(recipe.mean, recipe.std)
+            return transforms.Compose([transforms.RandomHorizontalFlip(), *colors, *tensor])
 
-        self.files = files
-        self.cut = transforms.RandomResizedCrop(recipe["view_size"], recipe["crop_scale"])
-        self.patch = transforms.RandomResizedCrop(recipe["patch_size"], recipe["patch_scale"])
-        self.patches = recipe["patches"]
-        colors = recipe["query_jitter"], recipe["query_jitter_p"], recipe["grey_p"]
-        self.query_colors = augment(*colors, recipe["blur_p"])
-        self.key_colors = augment(recipe["key_jitter"], 1.0, 0.0, 0.0)
+        self.files, self.patches = files, recipe.patches
+        self.cut = transforms.RandomResizedCrop(recipe.view_size, recipe.crop_scale)
+        self.patch = transforms.RandomResizedCrop(recipe.patch_size, recipe.patch_scale)
+        jitter = recipe.query_jitter, recipe.query_jitter_p
+        self.query_colors = augment(*jitter, recipe.grey_p, recipe.blur_p)
+        self.key_colors = augment(recipe.key_jitter, 1.0, 0.0, 0.0)
 
     @staticmethod
     def blur(image):
@@ -357,9 +383,12 @@ class Published:
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, index):
+    def decode(self, index):
         with Image.open(self.files.path(index)) as file:
-            image = file.convert("RGB")
+            return file.convert("RGB")
+
+    def __getitem__(self, index):
+        image = self.decode(index)
         query, key = self.cut(image), self.cut(image)
         patches = torch.stack([self.query_colors(self.patch(query)) for _ in range(self.patches)])
         return self.query_colors(query), self.key_colors(key), patches, self.files.labels[index]
@@ -369,215 +398,149 @@ class Decoding(Published):
     """Decoding alone."""
 
     def __getitem__(self, index):
-        with Image.open(self.files.path(index)) as file:
-            file.convert("RGB")
+        self.decode(index)
         return 0
 
 
 def input_pipeline(args):
-    recipe = recipe_of("imagenet_lt")
-    recipe |= recipe["stage1"]
     with tempfile.TemporaryDirectory() as directory:
         directory, generator = Path(directory), np.random.default_rng(0)
-        for number in range(64):
+        for count in range(0 if args.pictures else 64):
             picture = Image.fromarray(photograph(generator, args.width, args.height))
-            picture.save(directory / f"{number}.jpg", quality=90)
-        size = statistics.mean(path.stat().st_size for path in directory.iterdir())
-        paths = [b"%d.jpg" % (number % 64) for number in range(args.batches * BATCH_INPUT)]
-        files = ImageFiles(directory, paths, [0] * len(paths), directory)
-        rows = np.arange(len(files)).reshape(-1, BATCH_INPUT).tolist()
-        batches = [(indices, indices) for indices in rows]  # the index as the seed
-        sides = {
-            "decoding alone": DataLoader(Decoding(files, recipe), BATCH_INPUT, num_workers=1),
-            "published": DataLoader(Published(files, recipe), BATCH_INPUT, num_workers=1),
-            "ours": load_batches(files, batches, recipe, 2, 1, torch.device("cpu")),
-        }
-        rates, wire = {side: [] for side in sides}, {}
-        for _ in range(args.rounds):  # in turn, so that a machine that drifts is fair to all
-            for side, loader in sides.items():
-                iterator = iter(loader)
-                batch = next(iterator)  # from here on the worker is at work all the time
-                began = time.perf_counter()
-                count = sum(BATCH_INPUT for _ in iterator)
-                rates[side].append(count / (time.perf_counter() - began))
-                tensors = [part for part in batch if torch.is_tensor(part)]
-                wire[side] = sum(part.nbytes for part in tensors) / BATCH_INPUT / 1000
-        index = directory / "iNaturalist18_train.txt"
-        names = (f"train_val2018/Plantae/{n % 8142}/{n:032x}.jpg {n % 8142}" for n in range(437513))
-        index.write_text("\n".join(names))
-        began = time.perf_counter()
-        lines = read_index(recipe_of("inaturalist18"), "train", directory, directory)
-        seconds = time.perf_counter() - began
-
-    print(
-        f"one data loading process, JPEGs of {args.width} x {args.height} pixels, quality 90, "
-        f"{size / 1000:.0f} KB, batches of {BATCH_INPUT}"
-    )
-    print(f"{machine('cpu')}; {args.rounds} rounds in turn, median (min to max)\n")
-    print(f"{'':<16}{'pictures a second':>22}{'of decoding':>14}{'KB to the device':>19}")
-    medians = {side: statistics.median(values) for side, values in rates.items()}
-    for side, values in rates.items():
-        rate = f"{medians[side]:.0f} ({min(values):.0f} to {max(values):.0f})"
-        share = f"{100 * medians[side] / medians['decoding alone']:.0f} %"
-        print(f"{side:<16}{rate:>22}{share:>14}{wire[side]:>19.0f}")
-    ratios = sorted(ours / other for ours, other in zip(rates["ours"], rates["published"]))
-    print(
-        f"\nours is {statistics.median(ratios):.1f} times as fast as the published pipeline (by "
-        f"round {ratios[0]:.1f} to {ratios[-1]:.1f}), with 1/{wire['published'] / wire['ours']:.1f}"
-        " of its bytes"
-    )
-    print(
-        f"an index of {len(lines):,} lines: {seconds:.2f} s to read, "
-        f"{(lines.paths.nbytes + lines.labels.nbytes) / 1e6:.0f} MB, shared by the workers"
-    )
+            picture.save(directory / f"{count}.jpg", quality=90)
+        loading(args, args.pictures or directory)
+        index_reading(directory)
 
 
-# ---------------------------------------------------------------------------------------- cost
+def loading(args, directory):
+    """Pictures a second of a directory's JPEGs, each side in one process."""
+    found = sorted(path for path in directory.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not found:
+        raise data.BadInput(f"--pictures {directory} holds no JPEGs")
+    total, recipe = args.batches * BATCH_INPUT, recipe_of("imagenet_lt", "views")
+    names = [os.fsencode(found[count % len(found)].name) for count in range(total)]
+    files = ImageFiles(directory, names, [0] * total, directory)
+    rows = torch.arange(total).view(-1, BATCH_INPUT).tolist()
+    batches = [(indices, indices) for indices in rows]  # the index as the seed
+    sides = {
+        "published": DataLoader(Published(files, recipe), BATCH_INPUT, num_workers=1),
+        "ours": data.load_batches(files, batches, recipe, 2, 1, torch.device("cpu")),
+        "decoding alone": DataLoader(Decoding(files, recipe), BATCH_INPUT, num_workers=1),
+    }
+    rates, sizes = {side: [] for side in sides}, {}
+    for _ in range(args.rounds):
+        for side, loader in sides.items():
+            iterator = iter(loader)
+            batch = next(iterator)  # from here on the worker is at work all the time
+            began = time.perf_counter()
+            following = sum(BATCH_INPUT for _ in iterator)
+            rates[side].append(following / (time.perf_counter() - began))
+            sizes[side] = sum(part.nbytes for part in batch) / BATCH_INPUT / 1000
+    kilobytes = statistics.mean(path.stat().st_size for path in found) / 1000
+    print(f"one data loading process, batches of {BATCH_INPUT} of {len(found)} JPEGs, which have")
+    print(f"{kilobytes:.0f} KB in the mean; {args.rounds} rounds; {machine('cpu')}\n")
+    rows = [["", "pictures a second", "speed", "of decoding", "KB to the device"]]
+    for side, own in rates.items():
+        rows.append([side, spread(own, 0), ratio(own, rates["published"])])
+        rows[-1] += [ratio(own, rates["decoding alone"]), f"{sizes[side]:.0f}"]
+    show(rows)
 
 
-def network_cost(recipe, **shape):
-    """Of a picture: GFLOP of (query and patches, key, stage 2), MB; and the parameters.
+def index_reading(directory):
+    """Seconds and memory of an index file as long as iNaturalist's."""
+    lines = (f"train_val2018/Plantae/{n % 8142}/{n:032x}.jpg {n % 8142}" for n in range(437513))
+    (directory / "iNaturalist18_train.txt").write_text("\n".join(lines))
+    began = time.perf_counter()
+    files = data.read_index(DATASETS["inaturalist18"], "train", directory, directory)
+    seconds, size = time.perf_counter() - began, files.paths.nbytes + files.labels.nbytes
+    print(f"an index of {len(files):,} lines: {seconds:.2f} s to read, {size / 1e6:.0f} MB, shared")
+
+
+# --------------------------------------------------------------------------------------- cost
+
+
+def network_cost(name, experts=1):
+    """Of a picture: GFLOP of [query and patches, key, stage 2] and MB; and the parameters.
 
     Counted on two; MB is what autograd keeps in float32.
     """
-    stage1 = recipe["stage1"]
-    encoder = Encoder(stage1["arch"], **shape).to(memory_format=torch.channels_last)
-    views = torch.randn(2, 3, stage1["view_size"], stage1["view_size"])
-    patches = torch.randn(stage1["patches"], 2, 3, stage1["patch_size"], stage1["patch_size"])
-    kept, ours = {}, {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    recipe, kept = settings_of(name, batch_size=2), {}
+    encoder = Encoder(recipe.arch, experts).to(memory_format=torch.channels_last)
+    view, boxes, patches, _ = views_of(images_of(recipe, "cpu"), recipe)
+    weights = {weight.untyped_storage().data_ptr() for weight in encoder.parameters()}
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in weights)
         return tensor
-
-    def count(function):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        return counter.get_total_flops() / 2e9
 
     def student():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            embedding, _, patch = encoder(views, patches)
-        (embedding.sum() + patch.sum()).backward()
+            z, _, s = encoder(view, boxes, patches)
+        (z.sum() + s.sum()).backward()
 
-    with torch.no_grad():
-        key, whole = count(lambda: encoder(views)), count(lambda: encoder.features(views))
-    flops = count(student), key, whole
-    megabytes = sum(size for place, size in kept.items() if place not in ours) / 2e6
-    return flops, megabytes, sum(p.numel() for p in encoder.parameters())
+    gigaflops = []
+    for run in (student, torch.no_grad()(partial(encoder, view)), partial(encoder.features, view)):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        gigaflops.append(counter.get_total_flops() / 2e9)
+    parameters = sum(weight.numel() for weight in encoder.parameters())
+    return gigaflops, sum(kept.values()) / 2e6, parameters
 
 
 def cost(args):
-    print(
-        "counted by torch.utils.flop_counter; memory: what autograd keeps in float32, a picture\n"
-    )
-    print(f"{'':<16}{'GFLOP a picture':>32}{'MB':>8}{'batch MB on 1 GPU':>20}{'on 8':>8}", end="")
-    print(f"{'pictures seen':>16}{'EFLOP':>8}{'GPU hours':>11}")
-    print(f"{'':<16}{'query, patches':>16}{'key':>7}{'stage 2':>9}")
+    columns = "query and patches|key|stage 2|MB|MB of a batch|on 8 GPUs each|pictures seen"
+    rows = [["GFLOP a picture of", *columns.split("|"), "EFLOP", "GPU hours"]]
     for name in ("imagenet_lt", "places_lt", "inaturalist18"):
-        recipe = recipe_of(name)
-        stage1, stage2 = recipe["stage1"], recipe["stage2"]
-        (query, key, whole), megabytes, _ = network_cost(recipe)
-        seen = recipe["published"]["train"]
-        total = seen * (stage1["epochs"] * (query + key) + stage2["epochs"] * whole) * 1e9
-        batch = stage1["batch_size"] * megabytes
-        print(f"{name:<16}{query:>16.1f}{key:>7.1f}{whole:>9.1f}{megabytes:>8.0f}", end="")
-        print(f"{batch:>20,.0f}{batch / 8:>8,.0f}{seen * stage1['epochs']:>16,}", end="")
-        print(f"{total / 1e18:>8.2f}{total / (args.teraflops * 3.6e15):>11.1f}")
-    print(f"\nGPU hours: an estimate, for a GPU that sustains {args.teraflops:g} TFLOP/s")
-
-    print(f"\n{'':<18}{'experts':>8}{'width':>8}{'parameters':>14}{'GFLOP a picture':>18}", end="")
-    print(f"{'of one wide':>13}{'stage 2':>10}")
-    for name in ("fashion_mnist_lt", "imagenet_lt"):
-        recipe, wide = recipe_of(name), None
-        for experts, width in ((1, 1.0), (1, 0.75), (2, 0.75), (3, 0.75), (3, 1.0)):
-            (query, key, whole), _, parameters = network_cost(recipe, experts=experts, width=width)
-            wide = wide or query + key
-            print(f"{name:<18}{experts:>8}{width:>8}{parameters:>14,}{query + key:>18.3f}", end="")
-            print(f"{(query + key) / wide:>13.2f}{whole:>10.3f}")
-
-
-def peak_of(device, *what):
-    """Peak memory in MB of one step above what is there before it, in a process of its own."""
-    command = [sys.executable, __file__, "peak", *what, "--device", device]
-    return float(subprocess.check_output(command))
-
-
-def peak_megabytes(make, device):
-    """The same in this process. make() gives the step, and a small one to load torch's code."""
-    run, warm_up = make()
-    if device == "cuda":
-        warm_up()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    unit, scale = 2**20, 1 if sys.platform == "darwin" else 2**10
-    warm_up()
-    if Path("/proc/self/statm").exists():  # what is held now, where the system tells
-        before = (
-            int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / unit
+        stage1, stage2 = recipe_of(name, "stage1"), recipe_of(name, "stage2")
+        (query, key, whole), megabytes, _ = network_cost(name)
+        pictures, batch = DATASETS[name]["published"]["train"], stage1.batch_size * megabytes
+        seen = pictures * stage1.epochs
+        flop = (seen * (query + key) + pictures * stage2.epochs * whole) * 1e9
+        rows.append([name, f"{query:.1f}", f"{key:.1f}", f"{whole:.1f}", f"{megabytes:.0f}"])
+        rows[-1] += [f"{batch:,.0f}", f"{batch / 8:,.0f}", f"{seen:,}", f"{flop / 1e18:.2f}"]
+        rows[-1] += [f"{flop / (args.teraflops * 3.6e15):.1f}"]
+    show(rows)
+    print("by torch.utils.flop_counter; MB: what autograd keeps of a picture in float32")
+    print(f"GPU hours: an estimate, for a GPU that sustains {args.teraflops:g} TFLOP/s\n")
+    for name in RECIPES:
+        (one, _, weights), (three, _, more) = network_cost(name), network_cost(name, experts=3)
+        print(
+            f"three experts on {name}: {sum(three[:2]) / sum(one[:2]):.2f} times the FLOPs of one "
+            f"in training, {three[2] / one[2]:.2f} in stage 2; {more:,} weights, not {weights:,}"
         )
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / unit
-    run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / unit - before
 
 
-def machine(device):
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+HELP = dict(
+    rounds="timed rounds", batches="a round", width="of made pictures", height="of made pictures",
+    teraflops="that a GPU sustains",
+)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser(
-        "losses", help="time and memory of both losses against a dense implementation"
-    )
-    table.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
-    steps = commands.add_parser("step", help="time and memory of a training step, and its floor")
-    steps.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
-    steps.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    peak = commands.add_parser("peak", help="peak memory of one side, in MB; what others call")
-    peak.add_argument("what", choices=("losses", "step"))
-    peak.add_argument("side", choices=(*SIDES, *STEPS))
-    peak.add_argument("recipe", nargs="?", choices=RECIPES)
-    reading = commands.add_parser(
-        "input", help="pictures a second of one data loading process against the published pipeline"
-    )
-    reading.add_argument("--width", type=int, default=500, help="of the pictures (default: 500)")
-    reading.add_argument("--height", type=int, default=334, help="of the pictures (default: 334)")
-    reading.add_argument("--batches", type=int, default=12, help="a round (default: 12)")
-    reading.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
-    counting = commands.add_parser("cost", help="FLOPs and memory of a picture, by data set")
-    counting.add_argument(
-        "--teraflops", type=float, default=20, help="that a GPU sustains (default: 20)"
-    )
-    for command in (table, steps, peak):
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="losses, step, input or cost")
+
+    def add(name, function, **numbers):
+        command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(function=function, device="cpu")
+        for flag, default in numbers.items():
+            kind = number(type(default), 2 if flag == "batches" else 1, 1e6)
+            command.add_argument(f"--{flag}", type=kind, default=default, help=HELP[flag])
+        return command
+
+    timed = [add("losses", losses, rounds=7), add("step", step, rounds=9), add("peak", peak)]
+    for command in timed:
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=" ")
+    timed[1].add_argument("--recipes", choices=RECIPES, nargs="+", default=list(RECIPES), help=" ")
+    timed[2].add_argument("what", nargs="+", help="a side and, of a step, its recipe")
+    loader = add("input", input_pipeline, rounds=5, batches=12, width=500, height=334)
+    loader.add_argument("--pictures", type=Path, metavar="DIR", help="its JPEGs, not made ones")
+    add("cost", cost, teraflops=20.0)
     args = parser.parse_args()
-    if args.command == "peak":
-        make = partial(loss_step, args.side, args.device)
-        if args.what == "step":
-            make = partial(step_of, args.side, settings_of(args.recipe), args.device)
-        print(peak_megabytes(make, args.device))
-    elif args.command == "step":
-        step(args)
-    elif args.command == "input":
-        input_pipeline(args)
-    elif args.command == "cost":
-        cost(args)
-    else:
-        losses(args)
+    args.function(args)
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

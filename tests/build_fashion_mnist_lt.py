@@ -4,8 +4,8 @@
 
 DIRECTORY holds train-images-idx3-ubyte.gz and the three other files of Fashion-MNIST (MIT licence,
 beside this file), as in Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist.
-Training pictures 1000 to 10 a class by the field's formula, 100 a class of the unused ones for
-validation, the full test set; and as many more as any --imbalance from 1 to 100 takes of a class.
+Training pictures 1000 to 10 a class by the field's formula, the next 100 of each class for
+validation, the full test set.
 """
 
 import gzip
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import long_tailed_counts, long_tailed_counts_of, long_tailed_indices
+from data import long_tailed_counts, shuffled_by_class
 
 
 def read_idx(path):
@@ -33,14 +33,10 @@ def main(source, target):
         for kind, rank in (("images", 3), ("labels", 1))
     }
     images, labels = arrays["train_images"], arrays["train_labels"]
-    counts = long_tailed_counts(1000, 10, 1 / 100)
-    chosen, unused = long_tailed_indices(labels, counts)
-    imbalances = [long_tailed_counts_of(sum(counts), 10, 1 / factor) for factor in range(1, 101)]
-    most = np.max(imbalances, axis=0) + 1  # between two whole factors, one more
+    rows = list(zip(shuffled_by_class(labels, 10), long_tailed_counts(1000, 10, 1 / 100)))
     splits = {
-        "train": chosen,
-        "val": [rest[:100] for rest in unused],
-        "more": [rest[100:][: max(0, n - count)] for rest, n, count in zip(unused, most, counts)],
+        "train": [indices[:count] for indices, count in rows],
+        "val": [indices[count : count + 100] for indices, count in rows],
     }
     for split, indices in splits.items():
         indices = np.concatenate(indices)

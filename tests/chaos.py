@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent.parent
 
 def start(output, epochs):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["train.py", "--epochs", str(epochs), "--save-minutes", "0.02", "--output", output]
+    command += ["train.py", "--epochs", str(epochs), "--save-minutes", "0.005", "--output", output]
     return subprocess.Popen(
         list(map(str, command)),
         cwd=HERE,

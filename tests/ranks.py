@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 import train
 
 queues, pictures, others, boxes, moved, encoders = [], [], [], [], [], []
@@ -20,7 +21,7 @@ projection = torch.randn(28 * 28, 128, generator=torch.Generator().manual_seed(0
 
 @torch.autocast("cpu", enabled=False)
 def key_of(images):
-    return F.normalize(images.flatten(1).float() @ projection, dim=1)
+    return F.normalize(images.flatten(1).float() @ projection, dim=1)[None]
 
 
 class Encoder(train.Encoder):
@@ -28,10 +29,10 @@ class Encoder(train.Encoder):
         super().__init__(*args, **options)
         encoders.append(self)
 
-
-class MomentumEncoder(train.MomentumEncoder):
-    def forward(self, images):
-        return key_of(others[-1])
+    def forward(self, view, *rest):
+        if next(self.parameters()).requires_grad:
+            return super().forward(view, *rest)
+        return (key_of(others[-1]),)  # of the key encoder
 
 
 class Queue(train.Queue):
@@ -40,26 +41,26 @@ class Queue(train.Queue):
         queues.append((self.keys.clone(), self.labels.clone()))
 
 
-def query_views(images, *rest, draw=train.query_views):
+def query_views(images, *rest, draw=data.query_views):
     pictures.append(images)
     views = draw(images, *rest)
     boxes.append(views[1])
     return views
 
 
-def key_view(images, *rest, draw=train.key_view):
+def key_view(images, *rest, draw=data.key_view):
     others.append(images)
     return draw(images, *rest)
 
 
 def pbsd_loss(roi, patch, key, *rest, loss=train.pbsd_loss, **options):
-    torch.testing.assert_close(key, key_of(pictures[-1]))
+    torch.testing.assert_close(key, key_of(pictures[-1])[0])
     moved.append((pictures[-1] != others[-1]).flatten(1).any(1).float().mean().item())
     return loss(roi, patch, key, *rest, **options)
 
 
-train.Encoder, train.MomentumEncoder, train.Queue = Encoder, MomentumEncoder, Queue
-train.query_views, train.key_view, train.pbsd_loss = query_views, key_view, pbsd_loss
+train.Encoder, train.Queue, train.pbsd_loss = Encoder, Queue, pbsd_loss
+data.query_views, data.key_view = query_views, key_view
 train.main()
 output = Path(sys.argv[sys.argv.index("--output") + 1])
 weights = [parameter.data for parameter in encoders[0].parameters()]

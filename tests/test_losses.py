@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from theory import own_key_share
 
 import losses
-from losses import bank_attention, dscl_and_own_key, dscl_loss, pbsd_loss
+from losses import bank_attention, dscl_loss, pbsd_loss
 
 
 def unit(*shape, dtype=torch.float64, seed=0):
@@ -147,12 +148,11 @@ def test_gradients_pass_gradcheck():
     )
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong():
+@pytest.mark.parametrize("loss", [dscl_of, pbsd_of])
+def test_a_second_derivative_is_refused_rather_than_wrong(loss):
     b = batch()
-    logsumexp, _ = bank_attention(b["query"], b["queue"])
-    (gradient,) = torch.autograd.grad(logsumexp.square().sum(), b["query"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss(b), [b["query"], b["patch"]], create_graph=True, allow_unused=True)
 
 
 def test_only_query_and_patch_receive_gradient():
@@ -256,62 +256,59 @@ def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
     everything = torch.cat([query, contrast])
     logits = query @ everything.T / temperature
     logits[:, :3].fill_diagonal_(-math.inf)
-    parts = query, contrast[:3], labels, contrast[3:], queue_labels
-    loss, own = dscl_and_own_key(*parts, alpha=alpha, temperature=temperature)
-    assert loss == dscl_loss(*parts, alpha=alpha, temperature=temperature)
-    close(own, logits.softmax(1)[:, 3:6].diagonal(), 1e-10)
+    own = logits.softmax(1)[:, 3:6].diagonal()
     for i, size in enumerate(sizes):
         expected = 1 / (size + 1) if alpha is None else alpha
         assert own[i].item() == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("query", lambda b: b | {"query": b["query"][0]}),
-        (
-            "query",
-            lambda b: b | {"query": b["query"][:0], "key": b["key"][:0], "labels": b["labels"][:0]},
-        ),
-        ("query", lambda b: b | {"query": b["labels"][:, None]}),
-        ("key", lambda b: b | {"key": b["key"][:-1]}),
-        ("labels", lambda b: b | {"labels": b["labels"][:-1]}),
-        ("labels", lambda b: b | {"labels": b["labels"].float()}),
-        ("queue", lambda b: b | {"queue": b["queue"][:, :-1]}),
-        ("queue_labels", lambda b: b | {"queue_labels": b["queue_labels"][:-1]}),
-        ("queue_labels", lambda b: b | {"queue_labels": b["queue_labels"].float()}),
-    ],
-)
-def test_dscl_names_the_bad_argument(name, change):
-    with pytest.raises(ValueError, match=f"^{name} must"):
-        dscl_of(change(batch()))
+def test_theory_counts_the_contrast_set_that_the_loss_has():
+    b = batch()
+    rows = [b[name].detach() for name in ("query", "key", "labels", "queue", "queue_labels")]
+    share, mates = own_key_share(*rows, 0.2)
+    close(-share.log().mean(), dscl_loss(*rows, alpha=1, temperature=0.2), 1e-12)
+    assert mates[0] == 0 and mates[1:].min() > 0  # labels of 4 classes, one anchor alone
+    labels, contrast = rows[2], torch.cat([rows[2], rows[2], rows[4]])
+    assert mates.tolist() == [(contrast == label).sum() - 2 for label in labels]
 
 
 @pytest.mark.parametrize(
-    "name, change",
+    "loss, name, change",
     [
-        ("patch", lambda b: b | {"patch": b["patch"][0]}),
-        ("roi", lambda b: b | {"roi": b["roi"][:-1]}),
-        ("key", lambda b: b | {"key": b["key"][:-1]}),
-        ("queue", lambda b: b | {"queue": b["queue"][:, :-1]}),
+        (dscl_of, "query", lambda rows: rows[0]),
+        (dscl_of, "query", lambda rows: rows[:0]),
+        (dscl_of, "query", lambda rows: rows.long()),
+        (dscl_of, "key", lambda rows: rows[:-1]),
+        (dscl_of, "labels", lambda rows: rows[:-1]),
+        (dscl_of, "labels", lambda rows: rows.float()),
+        (dscl_of, "queue", lambda rows: rows[:, :-1]),
+        (dscl_of, "queue_labels", lambda rows: rows[:-1]),
+        (dscl_of, "queue_labels", lambda rows: rows > 0),
+        (pbsd_of, "patch", lambda rows: rows[0]),
+        (pbsd_of, "roi", lambda rows: rows[:-1]),
+        (pbsd_of, "key", lambda rows: rows[:-1]),
+        (pbsd_of, "queue", lambda rows: rows[:, :-1]),
+        (dscl_of, "labels", lambda rows: rows.tolist()),
+        (pbsd_of, "roi", lambda rows: rows.numpy()),
+        (dscl_of, "queue", lambda rows: None),
     ],
 )
-def test_pbsd_names_the_bad_argument(name, change):
-    with pytest.raises(ValueError, match=f"^{name} must"):
-        pbsd_of(change(batch()))
+def test_the_bad_argument_is_named(loss, name, change):
+    b = batch()
+    b[name] = change(b[name].detach())
+    with pytest.raises((ValueError, TypeError), match=f"^{name} must"):
+        loss(b)
 
 
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
-def test_a_temperature_that_is_not_positive_is_refused(value):
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, 1e-40, "0.07", torch.tensor(0.07)])
+def test_a_temperature_that_is_no_positive_number_is_refused(value):
     b = batch()
     for call in (dscl_of, pbsd_of):
-        with pytest.raises(ValueError, match="^temperature must"):
+        with pytest.raises((ValueError, TypeError), match="^temperature must"):
             call(b, temperature=value)
-    with pytest.raises(ValueError, match="^temperature must"):
-        bank_attention(b["query"], b["queue"], temperature=value)
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.1", torch.tensor(0.1)])
 def test_an_alpha_outside_0_to_1_is_refused(value):
     with pytest.raises(ValueError, match="^alpha must"):
         dscl_of(batch(), alpha=value)
@@ -320,4 +317,4 @@ def test_an_alpha_outside_0_to_1_is_refused(value):
 def test_losses_imports_torch_alone():
     source = Path(losses.__file__).read_text().splitlines()
     imports = [line for line in source if line.startswith(("import ", "from "))]
-    assert imports and all(line.split()[1].split(".")[0] == "torch" for line in imports)
+    assert {line.split()[1] for line in imports} == {"torch", "numbers"}  # and the standard library
