@@ -144,15 +144,15 @@ DATASETS = {
 VIEWS = dict(
     mean=((0, 1), "mean of the three channels, pixels from 0 to 1"),
     std=((0.001, 1), "standard deviation of the three channels"),
-    view_size=((8, 4096), "pixels of the views' sides"),
+    view_size=((8, 4096), "pixels of the views' sides; paper: 224"),
     crop_scale=((0.001, 1), "smallest and largest view, as a share of the picture's area"),
     grey_p=((0, 1), "share of query views and patches that become grey"),
     blur_p=((0, 1), "share of query views and patches that are blurred"),
     query_jitter=((0, 1), "brightness, contrast, saturation, hue of query views and patches"),
     query_jitter_p=((0, 1), "share of query views and patches that get it"),
     key_jitter=((0, 1), "the same of key views, which all get it"),
-    patches=((1, 1024), "patches L of a query view"),
-    patch_size=((4, 4096), "pixels of the patches' sides"),
+    patches=((1, 1024), "patches L of a query view; paper: 5"),
+    patch_size=((4, 4096), "pixels of the patches' sides; paper: 64"),
     patch_scale=((0.001, 1), "smallest and largest patch, as a share of the query view's area"),
 )
 

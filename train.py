@@ -45,9 +45,9 @@ STAGE1 = dict(
     weight_decay=((0, 1), "of SGD"),
     queue_size=((0, 1e8), "keys K in the queue; beyond the training set they are stale copies"),
     momentum_encoder=((0, 1), "m of the key encoder's moving average"),
-    temperature=((1e-3, 1e3), "tau of both losses"),
-    alpha=((0, 1), "DSCL's share of the anchor's own key"),
-    pbsd_weight=((0, 1e3), "lambda of PBSD; 0 leaves it out"),
+    temperature=((1e-3, 1e3), "tau of both losses; paper: 0.07"),
+    alpha=((0, 1), "DSCL's share of the anchor's own key; paper: 0.1"),
+    pbsd_weight=((0, 1e3), "lambda of PBSD, 0 leaves it out; paper: 1.5"),
 )
 
 

@@ -511,35 +511,31 @@ def cost(args):
         )
 
 
-HELP = dict(
-    rounds="timed rounds", batches="a round", width="of made pictures", height="of made pictures",
-    teraflops="that a GPU sustains",
-)
-
-
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(required=True, metavar="losses, step, input or cost")
-
-    def add(name, function, **numbers):
-        command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.set_defaults(function=function, device="cpu")
-        for flag, default in numbers.items():
-            kind = number(type(default), 2 if flag == "batches" else 1, 1e6)
-            command.add_argument(f"--{flag}", type=kind, default=default, help=HELP[flag])
-        return command
-
-    timed = [add("losses", losses, rounds=7), add("step", step, rounds=9), add("peak", peak)]
-    for command in timed:
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=" ")
-    timed[1].add_argument("--recipes", choices=RECIPES, nargs="+", default=list(RECIPES), help=" ")
-    timed[2].add_argument("what", nargs="+", help="a side and, of a step, its recipe")
-    loader = add("input", input_pipeline, rounds=5, batches=12, width=500, height=334)
-    loader.add_argument("--pictures", type=Path, metavar="DIR", help="its JPEGs, not made ones")
-    add("cost", cost, teraflops=20.0)
+    commands = dict(losses=losses, step=step, input=input_pipeline, cost=cost, peak=peak)
+    parser.add_argument("command", choices=commands, metavar="losses, step, input or cost")
+    parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)  # of peak
+    text = "of losses and step (default: cpu)"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
+    text, names = "of step (default: all)", list(RECIPES)
+    parser.add_argument("--recipes", nargs="+", choices=names, default=names, help=text)
+    text = "of input, its JPEGs (default: made ones)"
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help=text)
+    for flag, least, default, text in (
+        ("--rounds", 1, 7, "timed rounds"),
+        ("--batches", 2, 12, "of input, a round"),
+        ("--width", 1, 500, "of input's made pictures"),
+        ("--height", 1, 334, "of input's made pictures"),
+        ("--teraflops", 1, 20, "of cost, that a GPU sustains"),
+    ):
+        kind, text = number(int, least, 1e6), f"{text} (default: {default})"
+        parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)
     args = parser.parse_args()
-    args.function(args)
+    if bool(args.what) != (args.command == "peak"):
+        parser.error("one command at a time")
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -207,9 +207,9 @@ def test_what_folders_lack_is_held_out_of_train(tmp_path):
     again = load_dataset("imagefolder", folders(tmp_path / "b", val=dict(ant=4, cat=2)))
     assert labels_of(again)["val"] == [4, 2]
     assert again["test"].paths.tolist() == sets["test"].paths.tolist()
-    for few in range(3):
-        root = folders(tmp_path / str(few), train=dict(ant=few, bee=few))
-        refused("/(train|val|test): 0 pictures of class 0, ", "imagefolder", root)
+    for few, split in enumerate(("train", "val", "test")):
+        root = folders(tmp_path / str(few), train=dict(ant=3, bee=few))
+        refused(f"/{split}: 0 pictures of class 1, ", "imagefolder", root)
 
 
 def test_the_path_of_a_picture_alone_says_whether_it_is_held_out():
@@ -225,11 +225,7 @@ def test_the_path_of_a_picture_alone_says_whether_it_is_held_out():
     assert splits_of(some).items() <= whole.items()
     # However small a class is, from three pictures on: each split has one of it.
     small = splits_of([b"%03d/%d.png" % (n // 3, n) for n in range(900)])
-    assert {tuple(sorted(list(small.values())[n : n + 3])) for n in range(0, 900, 3)} == {
-        ("test", "train", "val")
-    }
-    small = splits_of([b"%03d/%d.png" % (c, n) for c in range(200) for n in range(3)])
-    assert len({(path[:3], split) for path, split in small.items()}) == 600  # one in each split
+    assert len({(path[:3], split) for path, split in small.items()}) == 900
 
 
 # -------------------------------------------------------------------------- pictures and batches
