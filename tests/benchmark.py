@@ -14,7 +14,6 @@ import copy
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -56,7 +55,8 @@ def in_turn(runs, args):
             run()
             if args.device == "cuda":
                 torch.cuda.synchronize()
-            seconds[name] += [time.perf_counter() - began] if count else []
+            if count:
+                seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
@@ -79,7 +79,7 @@ def show(rows):
 
 
 def machine(device):
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    name, info = platform.machine(), Path("/proc/cpuinfo")
     if device == "cuda":
         name = torch.cuda.get_device_name()
     elif info.exists():
@@ -107,14 +107,15 @@ def peak_megabytes(make, device):
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    usage, unit = partial(resource.getrusage, resource.RUSAGE_SELF), 2**10
-    if sys.platform == "darwin":  # in bytes, and it does not tell what is held now
-        before, unit = usage().ru_maxrss / 2**20, 2**20
-    else:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        before = pages * resource.getpagesize() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets earlier peaks
+    before = resident("VmRSS")
     step()
-    return usage().ru_maxrss / unit - before
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    """Megabytes that this process holds, VmRSS, or held at its peak, VmHWM."""
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) / 2**10
 
 
 def peak(args):
@@ -129,7 +130,7 @@ def maker(side, recipe=None):
 
 def compare(args, sides, *recipe):
     """Print a table of the sides; what a step of each returns."""
-    memory = {}  # before anything else: a child's peak starts at what its parent holds
+    memory = {}
     for side in sides:
         command = [sys.executable, __file__, "peak", side, *recipe, "--device", args.device]
         memory[side] = float(subprocess.check_output(command))
@@ -208,7 +209,8 @@ def losses(args):
     print(f"DSCL + PBSD, forward and backward, float32: {sizes}")
     print(f"{args.rounds} rounds; {machine(args.device)}\n")
     results = compare(args, list(LOSSES)).values()
-    for name, dense, ours in zip(("DSCL", "PBSD", "gradient at query", "at patch"), *results):
+    names = "DSCL", "PBSD", "gradient at query", "gradient at patch"
+    for name, dense, ours in zip(names, *results):
         difference = ((dense - ours).abs().max() / dense.abs().max()).item()
         print(f"{name}: largest difference {difference:.0e} of the largest entry")
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from theory import own_key_share
+from theory import own_key
 
 import losses
 from losses import bank_attention, dscl_loss, pbsd_loss
+from models import Queue
 
 
 def unit(*shape, dtype=torch.float64, seed=0):
@@ -265,11 +266,14 @@ def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
 def test_theory_counts_the_contrast_set_that_the_loss_has():
     b = batch()
     rows = [b[name].detach() for name in ("query", "key", "labels", "queue", "queue_labels")]
-    share, mates = own_key_share(*rows, 0.2)
-    close(-share.log().mean(), dscl_loss(*rows, alpha=1, temperature=0.2), 1e-12)
-    assert mates[0] == 0 and mates[1:].min() > 0  # labels of 4 classes, one anchor alone
-    labels, contrast = rows[2], torch.cat([rows[2], rows[2], rows[4]])
+    z, z_plus, labels, bank, bank_labels = rows
+    queue = Queue(len(bank), dim=bank.shape[1]).double()
+    queue.put(bank[None], bank_labels)
+    p, mates = own_key(z[None], z_plus[None], labels, queue, 0.2)
+    close(-p.log().mean(), dscl_loss(*rows, alpha=1, temperature=0.2), 1e-12)
+    contrast = torch.cat([labels, labels, bank_labels])
     assert mates.tolist() == [(contrast == label).sum() - 2 for label in labels]
+    assert mates[0] == 0 and mates[1:].min() > 0  # one anchor has no class mate
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
-"""p(z_i+|z_i) of finished or going runs by class size, beside what the supplementary proves.
+"""p(z+|z) of trained runs by class size, beside what the paper's supplementary proves of it.
 
-python tests/theory.py runs/dscl-0 runs/scl-0
+    python tests/theory.py runs/dscl-0 runs/scl-0
 
-One pass over the training pictures with the checkpoint's encoders and queue: views, BatchNorm and
-contrast set are those of a training step, and nothing is written. For free embeddings the optimum
-of p(z_i+|z_i) is alpha under DSCL, 1 where P_i is empty, and 1 / (|P_i| + 1) under SCL.
+p(z+|z) is an anchor's softmax probability of its own key in the contrast set of dscl_loss: other
+queries and all keys of its batch, and the queue. At the optimum of free embeddings it is alpha
+under DSCL, 1 where the anchor has no class mate, and 1 / (|P| + 1) under SCL. Measured on every
+training picture, with networks and queue of the checkpoint and views and batches as in training;
+theory is the mean over the same anchors and their |P|. Writes nothing.
 """
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -15,68 +18,81 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from data import BadInput, Batches, Draws, load_batches, load_dataset
+import train
+from data import BadInput
 from models import Encoder, Queue
-from train import STAGE, load
 
 
-def own_key_share(z, z_plus, y, bank, y_bank, tau):
-    """p(z_i+|z_i) [B] in an anchor's contrast set, and |P_i| [B]; arguments as of dscl_loss."""
-    size = len(z)
-    itself = torch.eye(size, dtype=torch.bool)
-    logits = z @ torch.cat([z, z_plus, bank]).T / tau  # [B, 2 B + K]
-    logits[:, :size].masked_fill_(itself, -torch.inf)
-    mates = y[:, None] == torch.cat([y, y, y_bank])
-    mates[:, : 2 * size] &= ~itself.repeat(1, 2)
-    return logits.softmax(1)[:, size : 2 * size].diagonal(), mates.sum(1)
+def own_key(z, z_plus, labels, queue, temperature):
+    """p(z_i+|z_i) [B], the mean over experts, and |P_i| [B] of queries and keys [E, B, D]."""
+    size = len(labels)
+    contrast = torch.cat([z, z_plus, queue.keys], dim=1)  # [E, 2B + K, D]
+    logits = z @ contrast.mT / temperature  # [E, B, 2B + K]
+    logits[:, range(size), range(size)] = -torch.inf  # an anchor is no contrast to itself
+    p = logits.softmax(2)[:, range(size), range(size, 2 * size)].mean(0)
+    mates = labels[:, None] == torch.cat([labels, labels, queue.labels])
+    return p, mates.sum(1) - 2  # without the anchor and its key
 
 
 @torch.no_grad()
-def shares_by_class(run, root):
-    """Training pictures [classes]; means of p(z_i+|z_i) and of its optimum over each class's."""
-    saved = load(run / "checkpoint.pth", STAGE)
-    args = argparse.Namespace(**saved["args"])
-    if args.loss == "ce":
-        raise BadInput(f"{run} is a run of --loss ce, which has no keys: name one of dscl or scl")
-    args.patches = 0
-    train_set = load_dataset(args.dataset, root or args.data_root, args.index_dir, args.imbalance)
-    train_set, device = train_set["train"], torch.device("cpu")
-    encoder, key_encoder = Encoder(args.arch, args.experts), Encoder(args.arch, args.experts)
-    queue = Queue(args.queue_size, args.experts)
+def measure(path, data_root):
+    """Of every training picture of a run: its class's size, p(z+|z) and theory's, each [N]."""
+    saved = train.load(path / "checkpoint.pth", train.STAGE)
+    run = argparse.Namespace(**saved["args"] | dict(device="auto", amp="off", patches=0))
+    if run.loss == "ce":
+        raise BadInput(f"{path} is a run of --loss ce, which has no keys")
+    _, _, device = train.start(run)
+    root = data_root or run.data_root
+    pictures = data.load_dataset(run.dataset, root, run.index_dir, run.imbalance)["train"]
+    count = len(pictures)
+    if count != run.pictures["train"]:
+        trained = run.pictures["train"]
+        raise BadInput(f"{path} was trained on {trained} pictures, {pictures.origin} has {count}")
+
+    encoder = Encoder(run.arch, run.experts).to(device, memory_format=torch.channels_last)
+    key_encoder = copy.deepcopy(encoder)
+    queue = Queue(run.queue_size, run.experts).to(device)
     for name, part in dict(encoder=encoder, key_encoder=key_encoder, queue=queue).items():
         part.load_state_dict(saved[name])
 
-    sums = torch.zeros(3, int(train_set.labels.max()) + 1)  # anchors, p, its optimum
-    batches = Batches(train_set.labels, args.batch_size, 1, seed=args.seed)
-    loader = load_batches(train_set, batches, args, 2, args.workers, device)
-    for number, (images, labels) in enumerate(loader):
-        draws = [Draws(2 * number + n, args.batch_size, slice(None), device) for n in (0, 1)]
-        view, _, _ = data.query_views(images[0], draws[0], args)
-        z, z_plus = encoder(view)[0], key_encoder(data.key_view(images[-1], draws[1], args))[0]
-        for e in range(args.experts):
-            bank = queue.keys[e], queue.labels
-            share, mates = own_key_share(z[e], z_plus[e], labels, *bank, args.temperature)
-            alpha = 1 / (mates + 1) if args.alpha is None else torch.tensor(args.alpha)
-            optimum = torch.where(mates == 0, 1.0, alpha)
-            sums.index_add_(1, labels, torch.stack([torch.ones_like(share), share, optimum]))
-    return train_set.labels.bincount(), sums
+    # The last batch is filled with pictures of the first, which are measured once all the same.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed))
+    order = torch.cat([order, order[: -count % run.batch_size]])
+    batches = [(rows.tolist(), rows.tolist()) for rows in order.split(run.batch_size)]
+    loader = data.load_batches(pictures, batches, run, 2, run.workers, device)
+    measured, progress = [], data.Progress(len(batches))
+    for step, (images, labels) in enumerate(loader, saved["step"]):
+        images, labels = images.to(device), labels.to(device)
+        shuffle = train.Shuffle(run, step, 0, 1, device)
+        view, _, _ = data.query_views(images[0], shuffle.draws(), run)
+        key_view = data.key_view(images[-1], shuffle.draws(keys=True), run)
+        z, z_plus = encoder(view)[0], key_encoder(key_view)[0]
+        p, positives = own_key(z, z_plus, labels, queue, run.temperature)
+        queue.put(z_plus, labels)  # as in training, the queue moves on
+        theory = 1 / (positives + 1)
+        if run.alpha is not None:
+            theory = torch.where(positives > 0, run.alpha, 1.0)
+        measured.append(torch.stack([p, theory]))
+        progress.show(step + 1 - saved["step"], str(path))
+    p, theory = torch.cat(measured, dim=1)[:, :count].cpu()
+    return pictures.labels.bincount()[pictures.labels[order[:count]]], p, theory
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--data-root", type=Path, help="of the pictures (default: the run's)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--output of train.py")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="of pictures that were moved")
     args = parser.parse_args()
-    tables = [shares_by_class(run, args.data_root) for run in args.runs]
-    print(f"{'p(z+|z), theory':<18}" + "".join(f"{str(run)[-22:]:>24}" for run in args.runs))
-    bins = tables[0][0].clamp(min=1).log2().long()  # from 2^n to less than 2^(n + 1) pictures
-    for size in bins.unique().flip(0).tolist():
-        line = f"{2**size:>7} to {2 ** (size + 1) - 1:<7}"
-        for _, sums in tables:
-            anchors, share, optimum = sums[:, bins == size].sum(1).tolist()
-            line += f"{share / anchors:>12.4f}{optimum / anchors:>12.4f}" if anchors else 24 * " "
+    runs = [measure(path, args.data_root) for path in args.runs]
+    print(f"{'':<20}" + "".join(f"{path.name[-20:]:>24}" for path in args.runs))
+    print(f"{'pictures of a class':<20}" + f"{'p(z+|z)':>14}{'theory':>10}" * len(runs))
+    found = {size for sizes, _, _ in runs for size in sizes.unique().tolist()}
+    for low in sorted({2 ** (size.bit_length() - 1) for size in found}):
+        line = f"{f'{low} to {2 * low - 1}':<20}"
+        for sizes, p, theory in runs:
+            chosen = (sizes >= low) & (sizes < 2 * low)
+            line += f"{p[chosen].mean():>14.4f}{theory[chosen].mean():>10.4f}"
         print(line)
 
 
