@@ -379,9 +379,11 @@ def read_index(recipe, split, root, directory):
     path = directory / recipe["index"].format(split)
     annotations = directory / recipe.get("annotations", "").format(split)
     if path.is_file():
-        entries = [line.rsplit(None, 1) for line in path.read_bytes().splitlines()]
+        lines = path.read_bytes().splitlines()
+        entries = (line.rsplit(None, 1) for line in lines)
     elif annotations.is_file():
-        path, entries = annotations, read_annotations(annotations)
+        path = annotations
+        entries = lines = read_annotations(annotations)
     else:
         raise BadInput(
             f"{path} not found: get it at {recipe['published_at']}; --index-dir is where it is"
@@ -390,13 +392,14 @@ def read_index(recipe, split, root, directory):
     for number, entry in enumerate(entries, 1):
         try:
             name, label = entry[0], int(entry[1])
-            if not 0 <= label < len(entries) or name[:1] == b"/" or b".." in name.split(b"/"):
+            outside = name[:1] == b"/" or (b".." in name and b".." in name.split(b"/"))
+            if outside or not 0 <= label < len(lines):
                 raise ValueError
         except (ValueError, IndexError):
             line = os.fsdecode(b" ".join(entry))
             raise BadInput(
                 f'{path}:{number}: {line!r} is not "path label" with a path below --data-root and '
-                f"a label from 0 to {len(entries) - 1}"
+                f"a label from 0 to {len(lines) - 1}"
             ) from None
         paths.append(name)
         labels.append(label)
