@@ -262,9 +262,9 @@ def load(path, stage):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["stage"] != stage:
             raise ValueError
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadInput(f"{path} cannot be read ({reason}): train first, or name a run's") from None
+    except (FileNotFoundError, PermissionError) as error:
+        reason = f"cannot be read ({error.strerror})"
+        raise BadInput(f"{path} {reason}: train first, or name a run's") from None
     except Exception:  # torch.load raises many kinds on files that are not its own
         raise BadInput(f"{path} is not a checkpoint of {stage}: move it away") from None
     return content
