@@ -288,9 +288,14 @@ def random_crops(image, scale, size, count):
     return views
 
 
+def shorter_side(size):
+    """Of evaluation's pictures, before their centre is cut: 256 for a centre of 224."""
+    return size * 256 // 224
+
+
 def central_crop(image, size):
-    """Evaluation's view of an open picture: shorter side 256, centre 224, in proportion to size."""
-    shorter = size * 256 // 224
+    """Evaluation's view of an open picture: its shorter side resized, and the centre cut."""
+    shorter = shorter_side(size)
     pixels = decode(image, min(image.size) / shorter)
     return center_crop(resize(pixels, [shorter], antialias=True), [size, size])
 
@@ -458,15 +463,15 @@ def hold_out(paths, labels, missing):
     A hash of its path decides about a picture, whatever the seed and whichever others come or go;
     but every split has at least one of each class.
     """
-    places = [sha256(path).digest()[0] / 256 for path in paths]
+    digests = [sha256(path).digest() for path in paths]
     splits, rows_of = ["train"] * len(paths), {}
-    for row in sorted(range(len(paths)), key=lambda row: sha256(paths[row]).digest()):
+    for row in sorted(range(len(paths)), key=digests.__getitem__):
         rows_of.setdefault(labels[row], []).append(row)
     for rows in rows_of.values():
         end, share = 0, 0.0
         for waiting, split in zip(range(len(missing), 0, -1), missing):
             begin, share = end, share + HELD_OUT[split]
-            below = sum(places[row] < share for row in rows)
+            below = sum(digests[row][0] / 256 < share for row in rows)
             end = min(max(below, begin + 1), len(rows) - waiting)
             for row in rows[begin:end]:
                 splits[row] = split

@@ -204,7 +204,7 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
         loss = sum(F.cross_entropy(own, labels) for own in logits)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         if (step + 1) % per_epoch:
             continue
 
@@ -302,7 +302,7 @@ def export(path, encoder, run, names):
     save(path, {name: value.cpu() for name, value in state.items()})
     card = dict(arch=run.arch, classes=names, mean=run.mean, std=run.std)
     if not data.in_memory(run.dataset):
-        card |= dict(resize=run.view_size * 256 // 224, crop=run.view_size)
+        card |= dict(resize=data.shorter_side(run.view_size), crop=run.view_size)
     save_text(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
     print(f"wrote {path} and {path}.json", file=sys.stderr)
 
@@ -389,7 +389,6 @@ def main():
         args.batch_size, args.lr = most, args.lr * most / args.batch_size
     encoder = classifier_of(run, stage1.pop("encoder"), len(counts), args.seed, args.epochs == 0)
     encoder = encoder.to(device, memory_format=torch.channels_last)
-    frozen = copy.deepcopy([weight for weight in encoder.parameters() if not weight.requires_grad])
     if args.knn:
         split = "val" if "val" in sets else "test"
         accuracy = neighbour_accuracy(encoder, sets["train"], sets[split], args, run, device)
@@ -402,6 +401,7 @@ def main():
 
     reported = "test" if "test" in sets else "val"
     chosen = "val" if {"val", "test"} <= sets.keys() and args.epochs else None
+    frozen = copy.deepcopy([weight for weight in encoder.parameters() if not weight.requires_grad])
     loaders = {}
     for split in {chosen, reported} - {None}:
         shard = in_turn(len(sets[split]), rank, world)
