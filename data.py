@@ -585,8 +585,8 @@ class Draws:
     def uniform(self, low, high, *shape):
         """Uniform in [low, high]: [copies * pictures, *shape]."""
         shape = self.copies, self.batch_size, *shape
-        draw = torch.rand(shape, generator=self.generator, device=self.device)
-        return low + (high - low) * draw[:, self.rows].flatten(0, 1)
+        draw = torch.empty(shape, device=self.device).uniform_(low, high, generator=self.generator)
+        return draw[:, self.rows].flatten(0, 1)
 
 
 def random_boxes(draws, size, scale, tries=10):
@@ -626,39 +626,31 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
 # A hue change turns I and Q: in RGB it is HUE[0] + cos HUE[1] + sin HUE[2].
 TURN = np.array([np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1], [0, 1, 0]]])
-HUE = np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ
+HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
 
 
 def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
     """Colour jitter and random grey of each picture as one affine map of its pixels: [B, 3, 4].
 
     channel_means [B, 3], pixels in [0, 1]. `jitter` (brightness, contrast, saturation, hue) as in
-    torchvision's ColorJitter, in random order, with probability jitter_p. Hue is a rotation in YIQ
-    where torchvision's is a shift in HSV; values are clamped once in the end, not at each change.
+    torchvision's ColorJitter, with probability jitter_p. But hue is a rotation in YIQ where
+    torchvision's is a shift in HSV, and values are clamped once in the end, not at each change, so
+    that their order does not matter.
     """
-    count, device = len(channel_means), channel_means.device
-    luma, hues = constant(LUMA, device), constant(tuple(HUE.flatten()), device).view(3, 3, 3)
-    identity, grey = torch.eye(3, device=device), luma.expand(3, 3)
-    *strengths, hue = jitter
-    factors = [draws.uniform(max(0, 1 - s), 1 + s, 1, 1) for s in strengths]  # each [B, 1, 1]
-    brightness, contrast, saturation = factors
-    angle = 2 * torch.pi * draws.uniform(-hue, hue, 1, 1)
-    changes = [
-        brightness * identity,
-        contrast * identity,  # its offset depends on what came before
-        saturation * identity + (1 - saturation) * grey,
-        hues[0] + angle.cos() * hues[1] + angle.sin() * hues[2],
-    ]
-    changes = torch.stack(changes)  # [4, B, 3, 3]
+    device = channel_means.device
+    luma, hues = constant(LUMA, device), constant(HUE, device).view(3, 3, 3)
+    unchanged = torch.eye(3, 4, device=device)
+    identity, grey = unchanged[:, :3], luma.expand(3, 3)
+    low = constant((*(max(0, 1 - s) for s in jitter[:3]), -2 * math.pi * jitter[3]), device)
+    high = constant((*(1 + s for s in jitter[:3]), 2 * math.pi * jitter[3]), device)
+    changes = torch.lerp(low, high, draws.uniform(0, 1, 4))[..., None, None]
+    brightness, contrast, saturation, angle = changes.unbind(1)  # each [B, 1, 1]
 
-    picture = torch.arange(count, device=device)
-    matrix = unchanged = torch.eye(3, 4, device=device).expand(count, 3, 4)
-    for change in draws.uniform(0, 1, 4).argsort(1).T:
-        means = matrix[:, :, :3] @ channel_means[..., None] + matrix[:, :, 3:]  # [B, 3, 1]
-        towards = (1 - contrast) * (luma @ means)[..., None]  # the mean grey, [B, 1, 1]
-        offset = torch.where(change[:, None, None] == 1, towards, 0)
-        matrix = changes[change, picture] @ matrix
-        matrix = torch.cat([matrix[:, :, :3], matrix[:, :, 3:] + offset], dim=2)
+    turn = hues[0] + angle.cos() * hues[1] + angle.sin() * hues[2]
+    matrix = brightness * contrast * (turn @ torch.lerp(grey, identity, saturation))
+    # Contrast mixes with the mean grey of the picture, which saturation and hue leave as it is.
+    offset = brightness * (1 - contrast) * (channel_means @ luma)[:, None, None]
+    matrix = torch.cat([matrix, offset.expand(-1, 3, 1)], dim=2)
     matrix = torch.where(draws.uniform(0, 1, 1, 1) < jitter_p, matrix, unchanged)
     return torch.where(draws.uniform(0, 1, 1, 1) < grey_p, grey @ matrix, matrix)
 
@@ -699,11 +691,11 @@ def normalize(images, recipe):
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def query_colors(images, draws, recipe):
-    """Colour changes, blur and normalisation of query views and patches [B, C, H, W] in [0, 1]."""
-    changes = recipe.query_jitter, recipe.query_jitter_p, recipe.grey_p
-    matrices = color_matrices(images.mean((2, 3)).expand(-1, 3), draws, *changes)
-    return normalize(random_blur(change_colors(images, matrices), draws, recipe.blur_p), recipe)
+def change_pixels(images, draws, recipe, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0):
+    """Colour changes, blur and normalisation of images [B, C, H, W] in [0, 1]."""
+    means = images.mean((2, 3)).expand(-1, 3)
+    images = change_colors(images, color_matrices(means, draws, jitter, jitter_p, grey_p))
+    return normalize(random_blur(images, draws, blur_p), recipe)
 
 
 def random_view(images, draws, recipe):
@@ -733,23 +725,23 @@ def query_views(images, draws, recipe):
     [L, B, 3, S, S]; None and None without patches.
     """
     view, count = random_view(images, draws, recipe), recipe.patches
+    changes = recipe.query_jitter, recipe.query_jitter_p, recipe.grey_p, recipe.blur_p
     boxes = patches = None
     if count:
         of_patches = copy(draws)  # the stream goes on, with `count` rows a picture
         of_patches.copies = count
         boxes = random_boxes(of_patches, recipe.view_size, recipe.patch_scale)
         patches = random_flip(crop(view, boxes, recipe.patch_size), of_patches)
-        patches = query_colors(patches, of_patches, recipe).unflatten(0, (count, len(view)))
+        patches = change_pixels(patches, of_patches, recipe, *changes)
+        patches = patches.unflatten(0, (count, len(view)))
         boxes = boxes.unflatten(0, (count, len(view)))
-    return query_colors(view, draws, recipe), boxes, patches
+    return change_pixels(view, draws, recipe, *changes), boxes, patches
 
 
 @torch.no_grad()
 def key_view(images, draws, recipe):
     """What the momentum encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut."""
-    view = random_view(images, draws, recipe)
-    matrices = color_matrices(view.mean((2, 3)).expand(-1, 3), draws, recipe.key_jitter)
-    return normalize(change_colors(view, matrices), recipe)
+    return change_pixels(random_view(images, draws, recipe), draws, recipe, recipe.key_jitter)
 
 
 # -------------------------------------------------------------------- what the commands share

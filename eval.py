@@ -33,6 +33,7 @@ import data
 from data import BadInput, Batches, Draws, Parser, Progress, in_turn, load_batches, shot_groups
 from models import SMALL_ARCHS, Encoder
 from train import (
+    CLASSIFIERS,
     HARMLESS,
     add_run_flags,
     autocast,
@@ -49,7 +50,7 @@ STAGE = "stage 2 of DSCL + PBSD"
 
 # What a setting of the recipe may be, and means.
 STAGE2 = dict(
-    epochs=((0, 1e6), "passes over the training set; 0 reports --loss ce's own classifier"),
+    epochs=((0, 1e6), "passes over the training set; 0 reports the classifier of --loss ce or la"),
     batch_size=((1, 1e6), "pictures a step, over all processes; at most the training set"),
     lr=((1e-8, 1e4), "learning rate of SGD, whatever --batch-size"),
     weight_decay=((0, 1), "of SGD"),
@@ -89,8 +90,8 @@ def parse_args():
     run = stage1["args"]
     if args.dataset != run["dataset"]:
         raise BadInput(f"{path} was trained on {run['dataset']}, not on {args.dataset}")
-    if args.epochs == 0 and run["loss"] != "ce":
-        raise BadInput(f"--epochs 0: {path} has no classifier; --loss ce trains one")
+    if args.epochs == 0 and run["loss"] not in CLASSIFIERS:
+        raise BadInput(f"--epochs 0: {path} has no classifier; --loss ce or la trains one")
     if args.export and (run["arch"] in SMALL_ARCHS or run["experts"] > 1):
         raise BadInput(f"--export: torchvision has no {run['arch']} of {run['experts']} experts")
     return args, {name: stage1[name] for name in ("args", "step", "encoder")}

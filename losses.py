@@ -12,30 +12,32 @@ from numbers import Real
 
 import torch
 
+BUDGET = {"cpu": 2**18}
+
+
+# Elements in a block of logits: a CPU's cache holds them, a GPU has one block for its batch.
+BLOCK = {"cpu": 2**18}
+
 
 class _BankAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, bank, temperature):
-        # Blocks of logits that stay in a CPU's cache, or that keep a GPU busy with few launches.
-        rows, columns = (512, 512) if query.device.type == "cpu" else (4096, 4096)
-        logsumexp = query.new_empty(len(query))
-        mean = torch.empty_like(query)
-        for start in range(0, len(query), rows):
-            block = query[start : start + rows] / temperature
-            top = block.new_full((len(block), 1), -torch.inf)  # running maximum of the logits
-            total = block.new_zeros(len(block), 1)  # sum over m of exp(logit - top)
-            weighted = torch.zeros_like(block)  # sum over m of exp(logit - top) z_m
-            for chunk in bank.split(columns):
-                logits = block @ chunk.T  # [rows, columns]
-                last, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
-                rescale = (last - top).exp_()
-                weights = logits.sub_(top).exp_()
-                total.mul_(rescale).add_(weights.sum(1, keepdim=True))
-                weighted.mul_(rescale).addmm_(weights, chunk)
-            logsumexp[start : start + rows] = (total.log() + top).squeeze(1)
-            mean[start : start + rows] = weighted / total
+    def forward(ctx, query, bank):
+        rows = min(len(query), 512)
+        columns = BLOCK.get(query.device.type, 2**25) // rows
+        blocks = []
+        for block in query.split(rows):
+            logsumexp, mean = block.new_full((len(block), 1), -torch.inf), torch.zeros_like(block)
+            for chunk in bank.split(columns) if len(bank) else ():
+                weights = block @ chunk.T  # [rows, columns] the logits
+                top = weights.amax(1, keepdim=True)
+                weights.sub_(top).exp_()
+                total = weights.sum(1, keepdim=True)
+                chunk_mean, chunk_logsumexp = (weights @ chunk).div_(total), total.log().add_(top)
+                mean.lerp_(chunk_mean, (chunk_logsumexp - logsumexp).sigmoid_())
+                logsumexp = torch.logaddexp(logsumexp, chunk_logsumexp)
+            blocks.append((logsumexp.squeeze(1), mean))
+        logsumexp, mean = map(torch.cat, zip(*blocks))
         ctx.save_for_backward(mean)
-        ctx.temperature = temperature
         ctx.mark_non_differentiable(mean)
         return logsumexp, mean
 
@@ -44,7 +46,7 @@ class _BankAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # `mean` depends on the query; here it is a constant
             raise RuntimeError("bank_attention has no second derivative: no create_graph=True")
         (mean,) = ctx.saved_tensors
-        return grad_logsumexp[:, None] * mean / ctx.temperature, None, None
+        return grad_logsumexp[:, None] * mean, None
 
 
 def bank_attention(query, bank, *, temperature=0.07):
@@ -65,9 +67,7 @@ def bank_attention(query, bank, *, temperature=0.07):
     _check("bank", bank, (None, query.shape[1]))
     query, bank = _full_precision(query, bank)
     with torch.autocast(query.device.type, enabled=False):
-        if not len(bank):
-            return query.new_full((len(query),), -torch.inf), torch.zeros_like(query)
-        return _BankAttention.apply(query, bank.detach(), temperature)
+        return _BankAttention.apply(query / temperature, bank.detach())
 
 
 def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature=0.07):
@@ -104,28 +104,28 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
     query, key, queue = _full_precision(query, key.detach(), queue.detach())
 
     with torch.autocast(query.device.type, enabled=False):
+        scaled = query / temperature
         # The batch as contrast: small and dense, because its queries carry gradient.
-        itself = torch.eye(size, dtype=torch.bool, device=query.device)
-        batch_logits = query @ torch.cat([query, key]).T / temperature  # [B, 2B]
-        own_logit = batch_logits[:, size:].diagonal()  # [B] z_i+.z_i / tau
-        anchors = torch.cat([itself, torch.zeros_like(itself)], dim=1)  # [B, 2B]
-        batch_logsumexp = batch_logits.masked_fill(anchors, -torch.inf).logsumexp(1)  # [B]
-        queue_logsumexp, _ = bank_attention(query, queue, temperature=temperature)  # [B]
-        logsumexp = torch.logaddexp(batch_logsumexp, queue_logsumexp)
+        batch = torch.cat([query, key])  # [2B, D]
+        logits = scaled @ batch.T  # [B, 2B]
+        own_logit = logits[:, size:].diagonal()  # [B] z_i+.z_i / tau
+        itself = torch.eye(size, 2 * size, dtype=torch.bool, device=query.device)
+        in_queue, _ = bank_attention(query, queue, temperature=temperature)  # [B] its logsumexp
+        contrast = torch.cat([logits.masked_fill(itself, -torch.inf), in_queue[:, None]], dim=1)
+        logsumexp = contrast.logsumexp(1)  # [B]
 
         # The sum over P_i: a mask in the batch, a per-class sum of the queue.
-        mates = ((labels[:, None] == labels) & ~itself).to(query.dtype).repeat(1, 2)  # [B, 2B]
+        mates = ((labels[:, None] == labels) & ~itself[:, :size]).to(query.dtype).repeat(1, 2)
         class_sum, class_count = _class_sums(labels, queue, queue_labels)  # [B, D], [B]
-        queue_pull = (query * class_sum).sum(1) / temperature  # [B]
-        pull = (batch_logits * mates).sum(1) + queue_pull  # [B] sum over P_i of z_t.z_i / tau
         positives = mates.sum(1) + class_count  # [B] |P_i|
+        pull = (scaled * (mates @ batch + class_sum)).sum(1)  # [B] sum over P_i of z_t.z_i / tau
+        mean_pull = pull / positives.clamp(min=1)
 
         if alpha is None:
             share = 1 / (positives + 1)
         else:
             share = torch.full_like(positives, alpha).masked_fill(positives == 0, 1)
-        mean_pull = pull / positives.clamp(min=1)
-        return (logsumexp - share * own_logit - (1 - share) * mean_pull).mean()
+        return (logsumexp - torch.lerp(mean_pull, own_logit, share)).mean()
 
 
 def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
@@ -155,17 +155,16 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
     patch, roi, key, queue = _full_precision(patch, roi.detach(), key.detach(), queue.detach())
 
     with torch.autocast(patch.device.type, enabled=False):
-        # Teacher and student walk over the queue together: rows of both, then their own key.
+        # Teacher and student walk over the queue together.
         both = torch.stack([roi, patch])  # [2, L, B, D]
         logsumexp, mean = bank_attention(both.flatten(0, 2), queue, temperature=temperature)
-        teacher_logsumexp, student_logsumexp = logsumexp.view(2, count, size)
-        own_teacher = (roi * key).sum(2) / temperature  # [L, B] z_i+.c_i[j] / tau
-        own_student = (patch * key).sum(2) / temperature  # [L, B]
+        logsumexp, mean = logsumexp.view(2, count, size), mean.view(2, count, size, dim)
+        own_logit = (both * key).sum(3) / temperature  # [2, L, B] z_i+.c_i[j] / tau, z_i+.s_i[j] / tau
 
         # A(c) over queue and own key: p(z_i+|c) is a sigmoid of the two log-weights.
-        own_share = (own_teacher - teacher_logsumexp.detach()).sigmoid()[..., None]  # [L, B, 1]
-        teacher_mean = torch.lerp(mean.view(2, count, size, dim)[0], key.expand_as(roi), own_share)
-        logsumexp = torch.logaddexp(student_logsumexp, own_student)  # [L, B]
+        own_share = (own_logit - logsumexp).detach().sigmoid()[0, ..., None]  # [L, B, 1]
+        teacher_mean = torch.lerp(mean[0], key.expand_as(roi), own_share)  # [L, B, D]
+        logsumexp = torch.logaddexp(logsumexp, own_logit)[1]  # [L, B] of the student
         return (logsumexp - (patch * teacher_mean).sum(2) / temperature).mean()
 
 

@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from losses import dscl_loss, pbsd_loss
 from models import ARCHS, Encoder, Queue, load_pretrained, moving_average
 
 STAGE = "stage 1 of DSCL + PBSD"
+CLASSIFIERS = ("ce", "la")  # the baselines of --loss that train a classifier
 LOG_EVERY = 10  # steps; also at the end of every epoch
 
 # Limits or choices, and help, of the flags whose defaults are the recipe's.
@@ -55,8 +57,8 @@ def parse_args():
     parser = Parser(__doc__)
     parser.settings("views", data.VIEWS)
     parser.settings("stage1", STAGE1)
-    losses = "dscl; scl: the own key weighs as any other positive; ce: cross-entropy, no keys"
-    parser.flag("loss", "dscl", ("dscl", "scl", "ce"), losses)
+    losses = "dscl; scl: the own key weighs as any other positive; ce: cross-entropy, no keys; la: "
+    parser.flag("loss", "dscl", ("dscl", "scl", *CLASSIFIERS), losses + "ce with logit adjustment")
     add_run_flags(parser)
     parser.flag("save_minutes", 30.0, (0, 1e6), "between checkpoints, besides one every epoch")
     args = parser.parse_args()
@@ -64,7 +66,7 @@ def parse_args():
         parser.error(f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     if args.loss == "scl":
         args.alpha = None  # the share 1 / (|P_i| + 1)
-    if args.loss == "ce":
+    if args.loss in CLASSIFIERS:
         args.queue_size = args.pbsd_weight = 0
     if not args.pbsd_weight:
         args.patches = 0
@@ -203,12 +205,17 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, shuffle, args):
     return dict(loss=dscl + args.pbsd_weight * pbsd, dscl=dscl, pbsd=pbsd)
 
 
-def cross_entropy_step(model, key_encoder, queue, images, labels, shuffle, args):
-    """The baseline: linear classifiers on the query view alone."""
+def cross_entropy_step(model, key_encoder, queue, images, labels, shuffle, args, log_prior):
+    """The baselines: linear classifiers on the query view alone.
+
+    With the log of the classes' shares added to the logits in training alone: logit adjustment
+    (Menon et al., 2021). log_prior [classes] is 0 for plain cross-entropy.
+    """
     view, _, _ = data.query_views(images[0], shuffle.draws(), args)
     with autocast(view.device, args.amp):
         logits, _, _ = model(view)  # [E, B, classes]
-    return dict(loss=torch.stack([F.cross_entropy(expert, labels) for expert in logits]).mean())
+    losses = [F.cross_entropy(expert + log_prior, labels) for expert in logits]
+    return dict(loss=torch.stack(losses).mean())
 
 
 def learning_rate(step, per_epoch, args):
@@ -318,7 +325,8 @@ def main():
     saved = resume(path, STAGE, args)
 
     torch.manual_seed(args.seed)  # the same weights everywhere
-    classes = len(train_set.labels.unique()) if args.loss == "ce" else None
+    counts = train_set.labels.bincount().to(device)
+    classes = len(counts) if args.loss in CLASSIFIERS else None
     encoder = Encoder(args.arch, args.experts, classes)
     if args.pretrained != "none" and not saved:
         try:
@@ -337,7 +345,10 @@ def main():
     for name, part in state.items() if saved else ():
         part.load_state_dict(saved.pop(name))
 
-    train_step, crops = (cross_entropy_step, 1) if args.loss == "ce" else (dscl_pbsd_step, 2)
+    train_step, crops = dscl_pbsd_step, 2
+    if classes:
+        log_prior = (counts / counts.sum()).log() * (args.loss == "la")
+        train_step, crops = partial(cross_entropy_step, log_prior=log_prior), 1
     share = dict(seed=args.seed, start=first, rank=rank, world=world)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, **share)
     loader = load_batches(train_set, batches, args, crops, args.workers, device)

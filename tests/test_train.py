@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_to_the_bit_and_another_does_not(
         assert same == ([True] * 3 if seed == 0 else [False] * 3)
 
 
-@pytest.mark.parametrize("loss", ["scl", "ce"])
+@pytest.mark.parametrize("loss", ["scl", "ce", "la"])
 def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
     options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1]
     call(train, *options, *TINY[2:], "--loss", loss, "--pbsd-weight", 0)

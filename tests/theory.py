@@ -39,8 +39,8 @@ def measure(path, data_root):
     """Of every training picture of a run: its class's size, p(z+|z) and theory's, each [N]."""
     saved = train.load(path / "checkpoint.pth", train.STAGE)
     run = argparse.Namespace(**saved["args"] | dict(device="auto", amp="off", patches=0))
-    if run.loss == "ce":
-        raise BadInput(f"{path} is a run of --loss ce, which has no keys")
+    if run.loss in train.CLASSIFIERS:
+        raise BadInput(f"{path} is a run of --loss {run.loss}, which has no keys")
     _, _, device = train.start(run)
     root = data_root or run.data_root
     pictures = data.load_dataset(run.dataset, root, run.index_dir, run.imbalance)["train"]
