@@ -28,7 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
@@ -128,16 +129,16 @@ DATASETS = {
         published=dict(train=437513, val=24426),  # there is no test split
         stage1=dict(epochs=100, warmup_epochs=5),
     ),
-    # Your own, DATA_ROOT/{train,val,test}/<class>/*: for a few thousand photographs, not tuned.
-    # README says what to set for more, and for small pictures.
+    # Your own, DATA_ROOT/{train,val,test}/<class>/*: a few thousand photographs, or pictures of 32
+    # to 64 pixels. Ours, not tuned; README says what to set for more.
     "imagefolder": row(
-        PHOTOGRAPHS,
-        source="folder",
+        PHOTOGRAPHS, source="folder",
         stage1=dict(
             arch="resnet18", epochs=400, batch_size=128, queue_size=1024, momentum_encoder=0.99
         ),
         stage2=dict(batch_size=256, bn="eval"),
     ),
+    "small_imagefolder": row(SMALL, source="folder"),
 }
 
 # What a setting may be, and means.
@@ -434,16 +435,22 @@ def read_folders(root):
         if split != "train" and not (root / split).is_dir():
             continue
         try:
-            folder = ImageFolder(root / split, allow_empty=True)
-            names = names or folder.classes
-            number = [names.index(name) for name in folder.classes]
+            folders = [entry.name for entry in os.scandir(root / split) if entry.is_dir()]
+            folders = sorted(name for name in folders if not name.startswith("."))
+            names = names or folders
+            number = {name: names.index(name) for name in folders}
+            samples = make_dataset(root / split, number, IMG_EXTENSIONS, allow_empty=True)
         except (OSError, ValueError):
             raise BadInput(
                 f"{root / split}: pictures belong in {root}/train/<class>/, and in val/ and test/ "
                 "in folders of the same names where there are such"
             ) from None
-        paths = [os.fsencode(os.path.relpath(path, root)) for path, _ in folder.samples]
-        found[split] = paths, [number[label] for label in folder.targets]
+        files = sum(len(names) for _, _, names in os.walk(root / split, followlinks=True))
+        if files > len(samples) and os.environ.get("RANK", "0") == "0":
+            text = f"{root / split}: {files - len(samples)} files are left out; pictures are"
+            print(text, *IMG_EXTENSIONS, "in class folders", file=sys.stderr)
+        paths = [os.fsencode(os.path.relpath(path, root)) for path, _ in samples]
+        found[split] = paths, [label for _, label in samples]
     missing = [split for split in HELD_OUT if split not in found]
     if missing:
         paths, labels = found["train"]
@@ -484,6 +491,13 @@ def hold_out(paths, labels, missing):
 def seed_from(*numbers):
     """One seed from several non-negative integers (seed, step, stream), well mixed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def fit_batch(args, group, count, world):
+    """Lower a batch size that is the recipe's, no flag's, to what a smaller training set has."""
+    most = max(1, count // world) * world
+    if most < args.batch_size == DATASETS[args.dataset][group]["batch_size"]:
+        args.batch_size = most
 
 
 class Batches:
@@ -821,7 +835,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        raise BadInput(f"{message}; see --help")
 
 
 CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # takes back a live line
@@ -848,7 +862,7 @@ def run(main):
 
     2: what the user can mend; 130: Ctrl-C; 1: another process of the run died.
     """
-    again = "the same command goes on from the last checkpoint"
+    again = "the same command goes on from the last checkpoint, or starts again if there is none"
     try:
         main()
         if dist.is_initialized():
@@ -867,8 +881,19 @@ def run(main):
             raise
         reason = str(error).splitlines()[0]
         code, message = 1, f"the connection to another process failed ({reason}); {again}"
-    print(f"{CLEAR}{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    if first_to_say(message):
+        print(f"{CLEAR}{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def first_to_say(message):
+    """Whether no other process that torchrun started on this host has said it."""
+    run = os.environ
+    if run.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    store = dist.TCPStore(run["MASTER_ADDR"], int(run["MASTER_PORT"]), wait_for_workers=False)
+    key = "/".join((run["TORCHELASTIC_RESTART_COUNT"], run["GROUP_RANK"], message))
+    return store.add(key, 1) == 1
 
 
 # ------------------------------------------------------------------------- checking a data set

@@ -13,8 +13,10 @@ OUTPUT/classifier.pth; the same command again goes on from there.
 """
 
 import argparse
+import contextlib
 import copy
 import json
+import os
 import statistics
 import sys
 import time
@@ -51,7 +53,7 @@ STAGE = "stage 2 of DSCL + PBSD"
 # What a setting of the recipe may be, and means.
 STAGE2 = dict(
     epochs=((0, 1e6), "passes over the training set; 0 reports the classifier of --loss ce or la"),
-    batch_size=((1, 1e6), "pictures a step, over all processes; at most the training set"),
+    batch_size=((1, 1e6), "pictures a step, over all processes"),
     lr=((1e-8, 1e4), "learning rate of SGD, whatever --batch-size"),
     weight_decay=((0, 1), "of SGD"),
     milestones=((0, 1), "shares of the epochs after which the learning rate falls to a tenth"),
@@ -157,13 +159,15 @@ def metrics(tally, train_counts):
 
 def table(results, counts):
     """The results as a person reads them."""
-    rows = [f"{'shots':<8}{'classes':>8}{'training pictures':>20}{'top-1':>8}"]
+    limits = dict(many="many, > 100", medium="medium", few="few, < 20")
+    rows = [("shots", "classes", "training pictures", "top-1")]
     for name, mask in shot_groups(counts).items():
         if mask.any():
             span = f"{int(counts[mask].max())} to {int(counts[mask].min())} each"
-            rows.append(f"{name:<8}{int(mask.sum()):>8}{span:>20}{results[name]:>8.2f}")
-    rows.append(f"{'all':<8}{len(counts):>8}{int(counts.sum()):>20,}{results['all']:>8.2f}")
-    return "\n".join(rows)
+            rows.append((limits[name], int(mask.sum()), span, f"{results[name]:.2f}"))
+    rows.append(("all, mean of classes", len(counts), int(counts.sum()), f"{results['all']:.2f}"))
+    rows.append(("top1, mean of pictures", "", "", f"{results['top1']:.2f}"))
+    return "\n".join("{:<24}{:>8}{:>20}{:>8}".format(*row) for row in rows)
 
 
 def train_classifier(encoder, sets, loaders, args, run, processes):
@@ -313,7 +317,7 @@ SHOTS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 62, 104)
 
 def draw_accuracy(path, results, names):
     """Accuracy by class as bars, the classes sorted by training pictures, in colours by shots."""
-    counts, font = torch.tensor(results["counts"]), ImageFont.load_default(13)
+    counts, font = torch.tensor(results["counts"]), load_font()
     order = counts.argsort(descending=True, stable=True).tolist()
     width, left, bottom = max(1, min(50, 1600 // len(order))), 40, 340  # 3 pixels a percent
     picture = Image.new("RGB", (left + width * len(order) + 20, bottom + 130), "white")
@@ -337,10 +341,18 @@ def draw_accuracy(path, results, names):
     picture.save(path)
 
 
+def load_font():
+    """The installed font with the most letters; Pillow's own, the last, has none beyond ASCII."""
+    for name in ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, 13)
+    return ImageFont.load_default(13)
+
+
 def caption(text, width):
     """A strip of 18 pixels' height with a text."""
     strip = Image.new("RGB", (width, 18), "white")
-    ImageDraw.Draw(strip).text((2, 2), text, "black", ImageFont.load_default(13))
+    ImageDraw.Draw(strip).text((2, 1), text, "black", load_font())
     return strip
 
 
@@ -385,9 +397,7 @@ def main():
     run.patches = 0  # stage 2 needs none
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
-    most = max(1, len(sets["train"]) // world) * world
-    if args.batch_size > most:
-        args.batch_size, args.lr = most, args.lr * most / args.batch_size
+    data.fit_batch(args, "stage2", len(sets["train"]), world)
     encoder = classifier_of(run, stage1.pop("encoder"), len(counts), args.seed, args.epochs == 0)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     if args.knn:
@@ -396,9 +406,11 @@ def main():
         if rank == 0:
             print(f"kNN on {split}, step {stage1['step']}: {accuracy:.2f}")
         return
-    for directory in (args.plots, args.export and args.export.parent):
+    for directory in (args.output, args.plots, args.export and args.export.parent):
         if directory:
             directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(directory, os.W_OK):
+                raise BadInput(f"{directory} cannot be written")
 
     reported = "test" if "test" in sets else "val"
     chosen = "val" if {"val", "test"} <= sets.keys() and args.epochs else None
@@ -421,7 +433,8 @@ def main():
     results, *experts = (metrics(part, counts) for part in tally)
     results |= dict(
         reported_on=reported, chosen_on=chosen, val=best["accuracy"] if chosen else None,
-        epoch=best["epoch"], counts=counts.tolist(), classes=sets["train"].names,
+        epoch=best["epoch"], classes=sets["train"].names, counts=counts.tolist(),
+        reported_counts=tally[0, 0].tolist(),
         experts=experts if len(experts) > 1 else None, arguments=plain(args),
     )
     text = json.dumps(results, indent=1) + "\n"

@@ -159,7 +159,7 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
         both = torch.stack([roi, patch])  # [2, L, B, D]
         logsumexp, mean = bank_attention(both.flatten(0, 2), queue, temperature=temperature)
         logsumexp, mean = logsumexp.view(2, count, size), mean.view(2, count, size, dim)
-        own_logit = (both * key).sum(3) / temperature  # [2, L, B] z_i+.c_i[j] / tau, z_i+.s_i[j] / tau
+        own_logit = (both * key).sum(3) / temperature  # [2, L, B] of z_i+ with c, s
 
         # A(c) over queue and own key: p(z_i+|c) is a sigmoid of the two log-weights.
         own_share = (own_logit - logsumexp).detach().sigmoid()[0, ..., None]  # [L, B, 1]

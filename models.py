@@ -71,6 +71,22 @@ def cifar_resnet(blocks, channels, strides):
     return backbone, 4 * channels
 
 
+def smallest_sides(arch):
+    """Pixels of the smallest view, of 2 x 2 cells in the last feature map, and smallest patch.
+
+    All regions of a view of one cell are the same. A patch may be one pixel after its last stride
+    but not before: bfloat16 on CPUs then gives gradients that differ from run to run (torch 2.14).
+    """
+    with torch.device("meta"):
+        modules = build_backbone(arch)[0].named_modules()
+    halvings = sum(
+        module.stride in (2, (2, 2))
+        for name, module in modules
+        if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and "downsample" not in name
+    )
+    return 2**halvings + 1, 2 ** (halvings - 1) + 1  # a stride halves a side, rounding up
+
+
 class Encoder(nn.Module):
     """Backbone f and projection head g of E experts; embeddings are normalise(g(f(x))), float32.
 

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from data import BadInput, Batches, Draws, Parser, Progress, load_batches, load_dataset, seed_from
 from losses import dscl_loss, pbsd_loss
-from models import ARCHS, Encoder, Queue, load_pretrained, moving_average
+from models import ARCHS, Encoder, Queue, load_pretrained, moving_average, smallest_sides
 
 STAGE = "stage 1 of DSCL + PBSD"
 CLASSIFIERS = ("ce", "la")  # the baselines of --loss that train a classifier
@@ -70,6 +70,10 @@ def parse_args():
         args.queue_size = args.pbsd_weight = 0
     if not args.pbsd_weight:
         args.patches = 0
+    view, patch = smallest_sides(args.arch)
+    for flag, side, least in (("view", args.view_size, view), ("patch", args.patch_size, patch)):
+        if side < least and (flag == "view" or args.patches):
+            parser.error(f"--{flag}-size {side}: {args.arch} takes {least} pixels or more")
     return args
 
 
@@ -246,7 +250,6 @@ def save(path, content, write=torch.save):
     """
     beside = path.with_name(path.name + ".new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             write(content, file)
             file.flush()
@@ -256,6 +259,8 @@ def save(path, content, write=torch.save):
         with contextlib.suppress(OSError):
             beside.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        if not path.parent.is_dir():
+            raise BadInput(f"{path.parent} is gone, and what stood there") from None
         raise BadInput(f"{path} cannot be written ({reason}); what stood there is whole") from None
 
 
@@ -312,6 +317,7 @@ def open_log(path, args, step):
                 lines += [line] if json.loads(line).get("step", 0) <= step else []
     versions = {m.__name__: m.__version__ for m in (torch, torchvision)}
     header = dict(command=shlex.join(sys.argv), versions=versions, arguments=plain(args))
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_text(path, "".join(lines) or json.dumps(header) + "\n")
     return open(path, "a", buffering=1)
 
@@ -322,6 +328,7 @@ def main():
     sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     args.pictures = {split: len(part) for split, part in sets.items()}  # must stay, as all of args
     train_set, path = sets["train"], args.output / "checkpoint.pth"
+    data.fit_batch(args, "stage1", len(train_set), world)
     saved = resume(path, STAGE, args)
 
     torch.manual_seed(args.seed)  # the same weights everywhere

@@ -3,10 +3,10 @@
     python tests/benchmark.py losses                   # both losses against a dense implementation
     python tests/benchmark.py step --device cuda       # a training step and the networks alone
     python tests/benchmark.py input --pictures DIR     # one data loading process, on your JPEGs
-    python tests/benchmark.py cost                     # FLOPs and memory of a picture, by data set
 
 Sides take turns, so that a machine that drifts is fair to all: median (min to max) of the rounds.
-Speed is against the first side; memory what a step adds at its peak, in a process of its own.
+Speed is against the first side; launches are operations that are no views, with a GPU's blocks of
+logits; memory is what a step adds at its peak, in a process of its own.
 """
 
 import argparse
@@ -17,26 +17,23 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
-from data import DATASETS, Draws, ImageFiles, number, recipe_of
-from losses import dscl_loss, pbsd_loss
+from data import Draws, ImageFiles, number, recipe_of
+from losses import BLOCK, dscl_loss, pbsd_loss
 from models import Encoder, Queue, frozen_running_statistics, means, roi_means
 
 BATCH, QUEUE, DIM, PATCHES, CLASSES = 256, 65536, 128, 5, 1000
@@ -138,7 +135,7 @@ def compare(args, sides, *recipe):
     seconds, results = in_turn(steps, args), {}
     rows = [["", "seconds", "speed", "launches", "memory"] + ["over its floor"] * len(recipe)]
     for side, own in seconds.items():
-        with Launches() as launches:
+        with Launches() as launches, mock.patch.dict(BLOCK, clear=True):
             results[side] = steps[side]()
         rows.append([side, spread(own, 4), ratio(seconds[sides[0]], own)])
         rows[-1] += [f"{launches.count:,}", f"{memory[side]:.0f} MB"]
@@ -312,8 +309,20 @@ class Floor(Ours):
         self.encoder.zero_grad()
 
 
+class Views(Ours):
+    """Making the views of a batch, which the other sides are given."""
+
+    def inputs(self, **changes):
+        args = argparse.Namespace(**vars(self.args) | changes)
+        return images_of(args, self.device), args
+
+    def step(self, images, args):
+        views_of(images, args)
+
+
 STEPS = {"straightforward": (Straightforward, "off"), "ours": (Ours, "off")}
 STEPS |= {"ours, bf16": (Ours, "bf16"), "floor": (Floor, "off"), "floor, bf16": (Floor, "bf16")}
+STEPS |= {"views": (Views, "off")}
 
 
 def step_of(side, args, device):
@@ -328,7 +337,7 @@ def step(args):
     args.amp = "auto"
     train.start(args)  # tells whether the device computes in bfloat16
     sides = [side for side, (_, amp) in STEPS.items() if amp in ("off", args.amp)]
-    print("a training step, without making its views; launches: operations that are no views")
+    print("a training step, whose views are given; floor: its networks alone; views: making them")
     print(f"{args.rounds} rounds; {machine(args.device)}")
     for name in args.recipes:
         settings = settings_of(name)
@@ -337,27 +346,9 @@ def step(args):
             f"of {settings.patch_size}, batch {settings.batch_size}, K = {settings.queue_size}"
         )
         compare(args, sides, name)
-        views = partial(views_of, images_of(settings, args.device), settings)
-        print(f"making the views: {spread(in_turn(dict(views=views), args)['views'], 4)} s more")
 
 
 # -------------------------------------------------------------------------------------- input
-
-
-def photograph(generator, width, height):
-    """A made picture with the 1/f spectrum of natural ones: uint8 [height, width, 3]."""
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
-    frequency[0, 0] = np.inf
-
-    def field():
-        phase = generator.normal(size=frequency.shape)
-        phase = phase + 1j * generator.normal(size=frequency.shape)
-        values = np.fft.irfft2(phase / frequency**1.4, s=(height, width))
-        return values / values.std()
-
-    light = field()
-    pixels = 120 + 50 * np.stack([light + 0.3 * field() for _ in range(3)], axis=-1)
-    return pixels.clip(0, 255).astype(np.uint8)
 
 
 class Published:
@@ -405,18 +396,11 @@ class Decoding(Published):
 
 
 def input_pipeline(args):
-    with tempfile.TemporaryDirectory() as directory:
-        directory, generator = Path(directory), np.random.default_rng(0)
-        for count in range(0 if args.pictures else 64):
-            picture = Image.fromarray(photograph(generator, args.width, args.height))
-            picture.save(directory / f"{count}.jpg", quality=90)
-        loading(args, args.pictures or directory)
-        index_reading(directory)
-
-
-def loading(args, directory):
     """Pictures a second of a directory's JPEGs, each side in one process."""
-    found = sorted(path for path in directory.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not args.pictures:
+        raise data.BadInput("input needs JPEGs: --pictures DIR")
+    directory, kinds = args.pictures, (".jpg", ".jpeg")
+    found = sorted(path for path in directory.iterdir() if path.suffix.lower() in kinds)
     if not found:
         raise data.BadInput(f"--pictures {directory} holds no JPEGs")
     total, recipe = args.batches * BATCH_INPUT, recipe_of("imagenet_lt", "views")
@@ -448,89 +432,20 @@ def loading(args, directory):
     show(rows)
 
 
-def index_reading(directory):
-    """Seconds and memory of an index file as long as iNaturalist's."""
-    lines = (f"train_val2018/Plantae/{n % 8142}/{n:032x}.jpg {n % 8142}" for n in range(437513))
-    (directory / "iNaturalist18_train.txt").write_text("\n".join(lines))
-    began = time.perf_counter()
-    files = data.read_index(DATASETS["inaturalist18"], "train", directory, directory)
-    seconds, size = time.perf_counter() - began, files.paths.nbytes + files.labels.nbytes
-    print(f"an index of {len(files):,} lines: {seconds:.2f} s to read, {size / 1e6:.0f} MB, shared")
-
-
-# --------------------------------------------------------------------------------------- cost
-
-
-def network_cost(name, experts=1):
-    """Of a picture: GFLOP of [query and patches, key, stage 2] and MB; and the parameters.
-
-    Counted on two; MB is what autograd keeps in float32.
-    """
-    recipe, kept = settings_of(name, batch_size=2), {}
-    encoder = Encoder(recipe.arch, experts).to(memory_format=torch.channels_last)
-    view, boxes, patches, _ = views_of(images_of(recipe, "cpu"), recipe)
-    weights = {weight.untyped_storage().data_ptr() for weight in encoder.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in weights)
-        return tensor
-
-    def student():
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            z, _, s = encoder(view, boxes, patches)
-        (z.sum() + s.sum()).backward()
-
-    gigaflops = []
-    for run in (student, torch.no_grad()(partial(encoder, view)), partial(encoder.features, view)):
-        with FlopCounterMode(display=False) as counter:
-            run()
-        gigaflops.append(counter.get_total_flops() / 2e9)
-    parameters = sum(weight.numel() for weight in encoder.parameters())
-    return gigaflops, sum(kept.values()) / 2e6, parameters
-
-
-def cost(args):
-    columns = "query and patches|key|stage 2|MB|MB of a batch|on 8 GPUs each|pictures seen"
-    rows = [["GFLOP a picture of", *columns.split("|"), "EFLOP", "GPU hours"]]
-    for name in ("imagenet_lt", "places_lt", "inaturalist18"):
-        stage1, stage2 = recipe_of(name, "stage1"), recipe_of(name, "stage2")
-        (query, key, whole), megabytes, _ = network_cost(name)
-        pictures, batch = DATASETS[name]["published"]["train"], stage1.batch_size * megabytes
-        seen = pictures * stage1.epochs
-        flop = (seen * (query + key) + pictures * stage2.epochs * whole) * 1e9
-        rows.append([name, f"{query:.1f}", f"{key:.1f}", f"{whole:.1f}", f"{megabytes:.0f}"])
-        rows[-1] += [f"{batch:,.0f}", f"{batch / 8:,.0f}", f"{seen:,}", f"{flop / 1e18:.2f}"]
-        rows[-1] += [f"{flop / (args.teraflops * 3.6e15):.1f}"]
-    show(rows)
-    print("by torch.utils.flop_counter; MB: what autograd keeps of a picture in float32")
-    print(f"GPU hours: an estimate, for a GPU that sustains {args.teraflops:g} TFLOP/s\n")
-    for name in RECIPES:
-        (one, _, weights), (three, _, more) = network_cost(name), network_cost(name, experts=3)
-        print(
-            f"three experts on {name}: {sum(three[:2]) / sum(one[:2]):.2f} times the FLOPs of one "
-            f"in training, {three[2] / one[2]:.2f} in stage 2; {more:,} weights, not {weights:,}"
-        )
-
-
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = dict(losses=losses, step=step, input=input_pipeline, cost=cost, peak=peak)
-    parser.add_argument("command", choices=commands, metavar="losses, step, input or cost")
+    commands = dict(losses=losses, step=step, input=input_pipeline, peak=peak)
+    parser.add_argument("command", choices=commands, metavar="losses, step or input")
     parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)  # of peak
     text = "of losses and step (default: cpu)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
     text, names = "of step (default: all)", list(RECIPES)
     parser.add_argument("--recipes", nargs="+", choices=names, default=names, help=text)
-    text = "of input, its JPEGs (default: made ones)"
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="of input, its JPEGs")
     for flag, least, default, text in (
         ("--rounds", 1, 7, "timed rounds"),
         ("--batches", 2, 12, "of input, a round"),
-        ("--width", 1, 500, "of input's made pictures"),
-        ("--height", 1, 334, "of input's made pictures"),
-        ("--teraflops", 1, 20, "of cost, that a GPU sustains"),
     ):
         kind, text = number(int, least, 1e6), f"{text} (default: {default})"
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from benchmark import photograph
 from conftest import TREE_COUNTS
 from PIL import Image
 from torch.testing import assert_close
@@ -197,6 +196,17 @@ def test_folders_of_your_own_are_taken_as_they_are(tmp_path):
     refused("/train: pictures belong in", "imagefolder", tmp_path)
 
 
+def test_files_that_are_no_pictures_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys):
+    folders(tmp_path, train={"ant": 9, "bee": 9, ".cache": 2}, val=dict(ant=1, bee=1))
+    for name in ("ant/a.gif", "ant/b.heic", "loose.png"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    sets = load_dataset("small_imagefolder", tmp_path)
+    assert sets["train"].names == ["ant", "bee"]
+    assert sum(len(sets[split]) for split in ("train", "test")) == 18
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path}/train: 5 files are left out; ") and said.count("\n") == 1
+
+
 def test_what_folders_lack_is_held_out_of_train(tmp_path):
     sets = load_dataset("imagefolder", folders(tmp_path / "a", train=dict(ant=60, cat=3)))
     paths = [path for pictures in sets.values() for path in pictures.paths.tolist()]
@@ -229,6 +239,22 @@ def test_the_path_of_a_picture_alone_says_whether_it_is_held_out():
 
 
 # -------------------------------------------------------------------------- pictures and batches
+
+
+def photograph(generator, width, height):
+    """A made picture with the 1/f spectrum of natural ones: uint8 [height, width, 3]."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf
+
+    def field():
+        phase = generator.normal(size=frequency.shape)
+        phase = phase + 1j * generator.normal(size=frequency.shape)
+        values = np.fft.irfft2(phase / frequency**1.4, s=(height, width))
+        return values / values.std()
+
+    light = field()
+    pixels = 120 + 50 * np.stack([light + 0.3 * field() for _ in range(3)], axis=-1)
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def read(path):

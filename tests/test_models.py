@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from models import (
     ARCHS,
@@ -13,6 +14,7 @@ from models import (
     load_pretrained,
     moving_average,
     roi_means,
+    smallest_sides,
 )
 
 
@@ -39,6 +41,22 @@ def test_backbones_end_in_their_last_map_and_the_large_start_with_silent_blocks(
     name = "bn2" if channels <= 512 else "bn3"
     norms = [norm for path, norm in backbone.named_modules() if path.endswith(name)]
     assert all(norm.weight.eq(0).all() for norm in norms) == (channels >= 512)
+
+
+@pytest.mark.parametrize("arch", ["resnet_small", "resnet32", "resnet18"])
+def test_the_smallest_view_ends_in_four_cells_and_no_stride_meets_one_pixel_of_a_patch(arch):
+    view, patch = smallest_sides(arch)
+    backbone, before = build_backbone(arch)[0].eval(), []
+    for module in backbone.modules():
+        if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and module.stride in (2, (2, 2)):
+            module.register_forward_pre_hook(lambda _, images: before.append(images[0].shape[-1]))
+    for side, cells, least in (
+        (view, 2, None), (view - 1, 1, None), (patch, None, 2), (patch - 1, None, 1)
+    ):
+        before.clear()
+        with torch.no_grad():
+            ended = backbone(torch.zeros(1, 3, side, side)).shape[-1]
+        assert cells in (None, ended) and least in (None, min(before))
 
 
 def test_resnet20_is_the_papers_but_for_its_projection_shortcuts():

@@ -28,6 +28,7 @@ from models import Encoder
 
 TINY = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "64", "--patches", "1"]
 TINY += ["--queue-size", "100"]
+LARGE = ["--view-size", "33", "--patch-size", "17"]
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 # What makes a resnet50 on the JPEGs of imagenet_tree affordable.
@@ -631,8 +632,10 @@ def fails(capsys, monkeypatch, stage, *arguments):
         (["--data-root", "nowhere"], "--data-root must be the directory of fashion_mnist_lt's"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--imbalance", "10"], "unrecognized arguments: --imbalance"),
-        (["--pretrained", "none.pth", "--arch", "resnet18"], "no file of resnet18 weights"),
-        (["--output", HERE / "README.md" / "run"], "log.jsonl cannot be written (Not a directory)"),
+        (["--pretrained", "none.pth", "--arch", "resnet18", *LARGE], "no file of resnet18 weights"),
+        (["--arch", "resnet18"], "--view-size 20: resnet18 takes 33 pixels or more"),
+        (["--arch", "resnet18", *LARGE[:2]], "--patch-size 8: resnet18 takes 17 pixels or more"),
+        (["--output", HERE / "README.md" / "run"], "README.md/run: Not a directory"),
     ],
 )
 def test_stage_1_refuses_bad_flags_in_one_line(arguments, says, capsys, monkeypatch, tmp_path):
@@ -679,4 +682,42 @@ def test_ctrl_c_ends_in_one_line(capsys, monkeypatch):
 
     with pytest.raises(SystemExit) as error:
         data.run(main)
-    assert error.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert error.value.code == 130 and said.count("\n") == 1
+    assert "goes on from the last checkpoint, or starts again if there is none" in said
+
+
+def test_what_all_processes_have_to_say_is_said_once():
+    done = python(*LAUNCH, "train.py", "--data-root", "nowhere", env=ONE_THREAD)
+    assert done.returncode == 1 and done.stderr.count("error: --data-root must be the") == 1
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_stage_2_and_its_loss_is_told(
+    capsys, monkeypatch, trained, tmp_path
+):
+    monkeypatch.setattr(stage2, "train_classifier", None)  # must not be reached
+    for flag, path in (("--plots", HERE / "README.md/a"), ("--export", HERE / "README.md/a/b")):
+        says = fails(capsys, monkeypatch, stage2, "--output", trained[0], flag, path)
+        assert says.startswith(f"eval.py: error: {HERE}/README.md") and "Not a directory" in says
+    with pytest.raises(BadInput, match="/deleted is gone"):
+        train.save(tmp_path / "deleted" / "checkpoint.pth", {})
+
+
+def test_a_set_smaller_than_the_recipes_batch_is_trained_on_whole(tmp_path, call, small_root):
+    random = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = random.integers(0, 255, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{number}.png")
+    options = ["--dataset", "small_imagefolder", "--data-root", tmp_path, "--epochs", 1]
+    options += ["--output", tmp_path / "run", "--workers", 0, "--warmup-epochs", 0]
+    with pytest.raises(BadInput, match="--batch-size 100 must divide"):
+        call(train, *options, "--batch-size", 100)
+    call(train, *options)
+    counts = checkpoint(tmp_path / "run")["args"]["pictures"]
+    assert checkpoint(tmp_path / "run")["args"]["batch_size"] == counts["train"] < 40
+    call(stage2, *options[4:8], "--workers", 0)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["arguments"]["batch_size"] == sum(results["counts"]) == counts["train"]
+    assert sum(results["reported_counts"]) == counts["test"]
