@@ -158,12 +158,6 @@ VIEWS = dict(
 )
 
 
-def recipe_of(name, *groups, **changes):
-    """The settings in groups (views, stage1, stage2) of a data set's recipe, as attributes."""
-    settings = {key: value for group in groups for key, value in DATASETS[name][group].items()}
-    return argparse.Namespace(dataset=name, **settings | changes)
-
-
 def in_memory(name):
     """Whether a data set is held in memory, and cut on the device."""
     return DATASETS[name]["source"] in ("npz", "cifar")

@@ -32,7 +32,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
-from data import Draws, ImageFiles, number, recipe_of
+from data import DATASETS, Draws, ImageFiles, number
 from losses import BLOCK, dscl_loss, pbsd_loss
 from models import Encoder, Queue, frozen_running_statistics, means, roi_means
 
@@ -213,6 +213,12 @@ def losses(args):
 
 
 # --------------------------------------------------------------------------------------- step
+
+
+def recipe_of(name, *groups, **changes):
+    """The settings in groups (views, stage1, stage2) of a data set's recipe, as attributes."""
+    settings = {key: value for group in groups for key, value in DATASETS[name][group].items()}
+    return argparse.Namespace(dataset=name, **settings | changes)
 
 
 def settings_of(name, **changes):

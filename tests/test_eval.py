@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 import torchvision
+from benchmark import recipe_of
 from PIL import Image
 
 import eval as stage2
-from data import BadInput, Pictures, in_turn, load_batches, recipe_of
+from data import BadInput, Pictures, in_turn, load_batches
 from eval import classifier_of, count_right, features_of, metrics, table
 
 CPU = torch.device("cpu")

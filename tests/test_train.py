@@ -15,6 +15,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import TREE_COUNTS, records, states_equal
 from PIL import Image
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import eval as stage2
 import train
-from data import DATASETS, HERE, BadInput, Batches, evaluation_view, load_dataset, recipe_of
+from data import DATASETS, HERE, BadInput, Batches, evaluation_view, load_dataset
 from models import Encoder
 
 TINY = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "64", "--patches", "1"]
@@ -122,14 +123,14 @@ def test_stage_2_reports_on_test_by_shots(trained):
 
 
 def test_the_same_seed_gives_the_same_to_the_bit_and_another_does_not(
-    trained, small_root, tmp_path
+    trained, small_root, tmp_path, call
 ):
     output, _ = trained
     for seed in (0, 1):
         again = tmp_path / str(seed)
         options = ["--data-root", small_root, "--seed", seed, "--output", again]
-        assert python("train.py", *TINY, *options).returncode == 0
-        assert python("eval.py", *options, "--epochs", 2).returncode == 0
+        call(train, *TINY, *options)
+        call(stage2, *options, "--epochs", 2)
         results = [json.loads((o / "results.json").read_text()) for o in (output, again)]
         same = [
             records(output)[1] == records(again)[1],
@@ -157,11 +158,28 @@ def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
     test = load_dataset("fashion_mnist_lt", small_root)["test"]
     encoder = Encoder("resnet_small", classes=10).eval()
     encoder.load_state_dict(checkpoint(tmp_path)["encoder"])
-    view = evaluation_view(test.images[None], recipe_of("fashion_mnist_lt", "views"))
+    view = evaluation_view(test.images[None], benchmark.recipe_of("fashion_mnist_lt", "views"))
     with torch.no_grad(), train.autocast(torch.device("cpu"), results["arguments"]["amp"]):
         right = encoder(view)[0][0].argmax(1) == test.labels
     assert results["top1"] == pytest.approx(100 * right.float().mean().item(), abs=0.3)
     assert results["val"] is None and not (tmp_path / "alone" / "classifier.pth").exists()
+
+
+def test_logit_adjustment_adds_the_log_of_the_classes_shares(
+    small_root, tmp_path, call, monkeypatch
+):
+    checked, original = [], train.cross_entropy_step
+    counts = load_dataset("fashion_mnist_lt", small_root)["train"].labels.bincount()
+
+    def watched(model, *rest, log_prior):
+        logits, labels = torch.randn(1, 64, 10), rest[3]
+        loss = original(lambda view: (logits, None, None), *rest, log_prior=log_prior)["loss"]
+        checked.append(F.cross_entropy(logits[0] + (counts / counts.sum()).log(), labels) - loss)
+        return original(model, *rest, log_prior=log_prior)
+
+    monkeypatch.setattr(train, "cross_entropy_step", watched)
+    call(train, "--data-root", small_root, "--output", tmp_path, *TINY, "--loss", "la")
+    assert len(checked) == 18 and torch.stack(checked).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("loss", ["dscl", "ce"])
@@ -470,23 +488,23 @@ def test_the_benchmark_trains_resumes_and_evaluates_in_two_processes(imagenet_tr
 
 @pytest.mark.parametrize("launcher", [[], LAUNCH], ids=["one", "two"])
 def test_a_picture_that_cannot_be_read_ends_both_stages_with_its_name(
-    launcher, imagenet_tree, tmp_path
+    launcher, imagenet_tree, tmp_path, call
 ):
     root = tmp_path / "data"
     shutil.copytree(imagenet_tree, root)
     options = [*FILES, "--arch", "resnet18", "--data-root", root, "--epochs", 2]
-    stage1 = [*launcher, "train.py", *options, "--output", tmp_path / "run"]
-    stage2 = ["eval.py", "--output", tmp_path / "run", "--workers", 1, "--epochs", 2]
-    for stage, name in ((stage1, "train_7"), ([*launcher, *stage2], "val_1")):
+    of_stage1 = [*options, "--output", tmp_path / "run"]
+    of_stage2 = ["--output", tmp_path / "run", "--workers", 1, "--epochs", 2]
+    for stage, arguments, name in ((train, of_stage1, "train_7"), (stage2, of_stage2, "val_1")):
         broken = root / "train" / "n00000001" / f"{name}.JPEG"
         whole = broken.read_bytes()
         broken.write_bytes(b"no picture")
-        done = python(*stage, env=ONE_THREAD, timeout=60)
+        done = python(*launcher, f"{stage.__name__}.py", *arguments, env=ONE_THREAD, timeout=60)
         assert done.returncode == (1 if launcher else 2), done.stderr  # torchrun's own is 1
         assert f"error: {broken} cannot be read as a picture" in done.stderr
         assert "Traceback" not in done.stderr or launcher  # torchrun adds its own
         broken.write_bytes(whole)
-        assert python(*stage, env=ONE_THREAD).returncode == 0  # the same command goes on
+        call(stage, *arguments)  # the same command goes on
 
 
 # ------------------------------------------------------------------------ the step
@@ -535,7 +553,7 @@ def test_no_step_reads_a_value_back_and_all_pictures_are_channels_last(
 def test_bfloat16_is_chosen_where_the_processor_computes_in_it(monkeypatch):
     def precision(amp, **able):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-        args = recipe_of("fashion_mnist_lt", device="cpu", amp=amp)
+        args = benchmark.recipe_of("fashion_mnist_lt", device="cpu", amp=amp)
         train.start(args)
         return args.amp
 
@@ -569,7 +587,7 @@ def test_the_memory_of_a_step_does_not_grow_with_the_queue():
 
 def test_what_is_trained_on_does_not_depend_on_workers_and_processes(imagenet_tree):
     train_set = load_dataset("imagenet_lt", imagenet_tree)["train"]
-    recipe = recipe_of("imagenet_lt", "views", view_size=32)
+    recipe = benchmark.recipe_of("imagenet_lt", "views", view_size=32)
 
     def batches(workers, rank=0, world=1):
         sampler = Batches(train_set.labels, 16, 2, seed=0, rank=rank, world=world)
@@ -696,8 +714,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_stage_2_and_its_loss_i
     capsys, monkeypatch, trained, tmp_path
 ):
     monkeypatch.setattr(stage2, "train_classifier", None)  # must not be reached
-    for flag, path in (("--plots", HERE / "README.md/a"), ("--export", HERE / "README.md/a/b")):
-        says = fails(capsys, monkeypatch, stage2, "--output", trained[0], flag, path)
+    for flag in ("--plots", "--output"):
+        path, checkpoint = HERE / "README.md" / "a", trained[0] / "checkpoint.pth"
+        says = fails(capsys, monkeypatch, stage2, "--checkpoint", checkpoint, flag, path)
         assert says.startswith(f"eval.py: error: {HERE}/README.md") and "Not a directory" in says
     with pytest.raises(BadInput, match="/deleted is gone"):
         train.save(tmp_path / "deleted" / "checkpoint.pth", {})
