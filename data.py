@@ -2,9 +2,10 @@
 
     python data.py --dataset imagenet_lt --data-root DIR              # check a set before training
     python data.py --dataset cifar100_lt --data-root DIR --download   # fetch it as well
-    python data.py --views views.png                                  # draw what the networks see
 
-prints what every split holds and what is wrong with its files; exit code 1 if anything is.
+print what every split holds and what is wrong with its files; exit code 1 if anything is.
+
+    python data.py --views views.png                                  # draw what the networks see
 """
 
 import argparse
@@ -27,16 +28,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
-from torchvision.utils import draw_bounding_boxes, make_grid, save_image
+from torchvision.utils import draw_bounding_boxes, save_image
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = "fashion_mnist_lt"
+RATIO = (3 / 4, 4 / 3)  # of the sides of all crops
 
 # ------------------------------------------------------------------------------------- recipes
 
@@ -47,7 +49,7 @@ def row(base, **changes):
 
 
 # Photographs on disk, decoded and cut by workers: the paper's ImageNet-LT, and where the paper is
-# silent its published code. All of it are flags, which VIEWS here, STAGE1 in train.py and STAGE2 in
+# silent its published code. All of it is flags, which VIEWS here, STAGE1 in train.py and STAGE2 in
 # eval.py explain.
 PHOTOGRAPHS = dict(
     views=dict(
@@ -207,16 +209,13 @@ class Pictures:
         return self.images[indices][None]
 
 
-class ImageFiles:
+class ImageFiles(Pictures):
     """Pictures on disk: their paths below root, labels int64 [N] and, maybe, class names."""
 
     def __init__(self, root, paths, labels, origin, names=None):
         self.root, self.origin, self.names = root, origin, names
         self.paths = np.asarray(paths)  # one array of bytes, which workers share
         self.labels = torch.as_tensor(labels, dtype=torch.long)
-
-    def __len__(self):
-        return len(self.labels)
 
     def path(self, index):
         return self.root / os.fsdecode(self.paths[index])
@@ -227,11 +226,11 @@ class ImageFiles:
         seeds [B] decide about random crops. BadInput names a file that cannot be read.
         """
         views = []
-        for number, index in enumerate(indices):
+        for place, index in enumerate(indices):
             with open_picture(self.path(index)) as image:
                 if crops:
                     # torch.manual_seed would seed GPUs as well, which no worker may touch.
-                    torch.default_generator.manual_seed(seeds[number])
+                    torch.default_generator.manual_seed(seeds[place])
                     views += random_crops(image, recipe.crop_scale, recipe.view_size, crops)
                 else:
                     views.append(central_crop(image, recipe.view_size))
@@ -425,15 +424,13 @@ HELD_OUT = {"test": 0.2, "val": 0.1}  # shares of each class
 def read_folders(root):
     """{train,val,test}/<class>/* below root; val and test are held out of train where missing."""
     found, names = {}, None
-    for split in ("train", "val", "test"):
-        if split != "train" and not (root / split).is_dir():
-            continue
+    missing = [split for split in HELD_OUT if not (root / split).is_dir()]
+    for split in ("train", *sorted(HELD_OUT.keys() - missing)):
         try:
-            folders = [entry.name for entry in os.scandir(root / split) if entry.is_dir()]
-            folders = sorted(name for name in folders if not name.startswith("."))
+            folders = sorted(path.name for path in (root / split).glob("[!.]*") if path.is_dir())
             names = names or folders
-            number = {name: names.index(name) for name in folders}
-            samples = make_dataset(root / split, number, IMG_EXTENSIONS, allow_empty=True)
+            label_of = {name: names.index(name) for name in folders}
+            samples = make_dataset(root / split, label_of, IMG_EXTENSIONS, allow_empty=True)
         except (OSError, ValueError):
             raise BadInput(
                 f"{root / split}: pictures belong in {root}/train/<class>/, and in val/ and test/ "
@@ -445,7 +442,6 @@ def read_folders(root):
             print(text, *IMG_EXTENSIONS, "in class folders", file=sys.stderr)
         paths = [os.fsencode(os.path.relpath(path, root)) for path, _ in samples]
         found[split] = paths, [label for _, label in samples]
-    missing = [split for split in HELD_OUT if split not in found]
     if missing:
         paths, labels = found["train"]
         found |= {split: ([], []) for split in ("train", *missing)}
@@ -487,11 +483,11 @@ def seed_from(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def fit_batch(args, group, count, world):
-    """Lower a batch size that is the recipe's, no flag's, to what a smaller training set has."""
-    most = max(1, count // world) * world
-    if most < args.batch_size == DATASETS[args.dataset][group]["batch_size"]:
-        args.batch_size = most
+def fit_batch(args, count):
+    """Lower a batch size that no flag gave to a power of two that a smaller training set has."""
+    given = any(word.partition("=")[0] == "--batch-size" for word in sys.argv)
+    if args.batch_size > count and not given:
+        args.batch_size = 2 ** (count.bit_length() - 1)
 
 
 class Batches:
@@ -502,9 +498,7 @@ class Batches:
     Each of `world` ranks gets its own rows of the global batch.
     """
 
-    def __init__(
-        self, labels, batch_size, epochs, *, seed, balanced=False, start=0, rank=0, world=1
-    ):
+    def __init__(self, labels, batch_size, epochs, seed, balanced=False, start=0, rank=0, world=1):
         if batch_size > len(labels) or batch_size % world:
             raise BadInput(
                 f"--batch-size {batch_size} must divide among {world} processes and be at most the "
@@ -520,7 +514,6 @@ class Batches:
         by_class = self.labels.argsort(stable=True)
         counts = self.labels.bincount()
         first = counts.cumsum(0) - counts
-        order_of = None
         for step in self.steps:
             if self.balanced:
                 random = torch.Generator().manual_seed(seed_from(self.seed, step))
@@ -529,9 +522,9 @@ class Batches:
                 batch = by_class[first[drawn] + (draw[1] * counts[drawn]).long()]
             else:
                 epoch, position = divmod(step, self.per_epoch)
-                if order_of != epoch:
+                if position == 0 or step == self.steps.start:
                     random = torch.Generator().manual_seed(seed_from(self.seed, epoch))
-                    order, order_of = torch.randperm(len(self.labels), generator=random), epoch
+                    order = torch.randperm(len(self.labels), generator=random)
                 batch = order[position * self.batch_size :][: self.batch_size]
             # A stream of its own; a picture's crops are the same on any number of processes.
             seeds = np.random.SeedSequence((self.seed, step), spawn_key=(1,))
@@ -545,7 +538,7 @@ def in_turn(count, rank=0, world=1, batch_size=128):
     return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
 
 
-class Loaded(Dataset):
+class Loaded:
     """What a loader hands over for a batch (indices, seeds) of a split: images and labels."""
 
     def __init__(self, pictures, recipe, crops):
@@ -570,9 +563,6 @@ def load_batches(pictures, batches, recipe, crops, workers, device):
 
 # ----------------------------------------------------------------------------- views and patches
 
-RATIO = (3 / 4, 4 / 3)  # of the sides of all crops
-
-
 @lru_cache
 def constant(values, device):
     """A tensor of a tuple of numbers, made once: each copy to a GPU would wait for it."""
@@ -586,9 +576,9 @@ class Draws:
     `copies` of each, one after another, for its patches.
     """
 
-    def __init__(self, seed, batch_size, rows, device, copies=1):
+    def __init__(self, seed, batch_size, rows, device):
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.batch_size, self.rows, self.copies, self.device = batch_size, rows, copies, device
+        self.batch_size, self.rows, self.device, self.copies = batch_size, rows, device, 1
 
     def uniform(self, low, high, *shape):
         """Uniform in [low, high]: [copies * pictures, *shape]."""
@@ -718,13 +708,11 @@ def random_view(images, draws, recipe):
     return random_flip(images, draws)
 
 
-@torch.no_grad()
 def evaluation_view(images, recipe):
     """uint8 images [1, B, C, H, W], whole or their centre, only normalised: [B, 3, H, W]."""
     return normalize(images[0].float() / 255, recipe)
 
 
-@torch.no_grad()
 def query_views(images, draws, recipe):
     """What the trained encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut.
 
@@ -746,7 +734,6 @@ def query_views(images, draws, recipe):
     return change_pixels(view, draws, recipe, *changes), boxes, patches
 
 
-@torch.no_grad()
 def key_view(images, draws, recipe):
     """What the momentum encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut."""
     return change_pixels(random_view(images, draws, recipe), draws, recipe, recipe.key_jitter)
@@ -801,18 +788,17 @@ class Parser(argparse.ArgumentParser):
 
     def flag(self, name, default, limits, text):
         """A flag of its default's type within limits: the smallest and largest, or the choices."""
-        one = default[0] if isinstance(default, tuple) else default
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        options = dict(default=default, help=f"{text} (default: {shown})")
-        if isinstance(one, bool):
+        values = default if isinstance(default, tuple) else (default,)
+        options = dict(default=default, help=f"{text} (default: {' '.join(map(str, values))})")
+        if isinstance(values[0], bool):
             options |= dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(one, str):
+        elif isinstance(values[0], str):
             options |= dict(choices=limits, metavar=None if limits else "NAME")
         else:
-            kind = int if isinstance(one, int) else float
+            kind = type(values[0])
             options |= dict(type=number(kind, *limits), metavar="N" if kind is int else "X")
-        if isinstance(default, tuple):
-            options |= dict(nargs=len(default))
+        if values is default:
+            options |= dict(nargs=len(values))
         self.add_argument("--" + name.replace("_", "-"), **options)
 
     def settings(self, group, meanings):
@@ -866,7 +852,7 @@ def run(main):
         # What a worker raised arrives as the text of its traceback, with the message in the end.
         code, message = 2, str(error).rpartition("BadInput: ")[2].strip()
     except OSError as error:
-        reason = error.strerror or str(error).strip().splitlines()[-1]
+        reason = error.strerror or str(error).strip().rpartition("\n")[2]
         code, message = 2, f"{error.filename or 'system'}: {reason}"
     except KeyboardInterrupt:
         code, message = 130, f"interrupted; {again}"
@@ -885,9 +871,12 @@ def first_to_say(message):
     run = os.environ
     if run.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
-    store = dist.TCPStore(run["MASTER_ADDR"], int(run["MASTER_PORT"]), wait_for_workers=False)
     key = "/".join((run["TORCHELASTIC_RESTART_COUNT"], run["GROUP_RANK"], message))
-    return store.add(key, 1) == 1
+    try:
+        port, patience = int(run["MASTER_PORT"]), timedelta(seconds=5)
+        return dist.TCPStore(run["MASTER_ADDR"], port, timeout=patience).add(key, 1) == 1
+    except dist.DistError:  # torchrun itself is gone
+        return True
 
 
 # ------------------------------------------------------------------------- checking a data set
@@ -941,18 +930,16 @@ def draw_views(path, pictures, args, count=6):
     key = key_view(images[-1], draws[1], args)
     mean, std = recipe_colors(args, "cpu")
 
-    def pixels(view):
-        return F.interpolate((view * std + mean).clamp(0, 1), (side, side))
-
     side = max(args.view_size, 128)
-    shown = [pixels(part) for part in (view, view, key, *patches)]
+    shown = [(part * std + mean).clamp(0, 1) for part in (view, view, key, *patches)]
+    shown = [F.interpolate(part, (side, side)) for part in shown]
     scaled = boxes.transpose(0, 1) * side / args.view_size
     colors = [("red", "lime", "cyan", "yellow", "magenta")[n % 5] for n in range(args.patches)]
     shown[1] = torch.stack(
         [draw_bounding_boxes(*pair, colors=colors, width=2) for pair in zip(shown[1], scaled)]
     )
     rows = torch.stack(shown, dim=1).flatten(0, 1)
-    save_image(make_grid(rows, nrow=len(shown), pad_value=1), path, format="png")
+    save_image(rows, path, format="png", nrow=len(shown), pad_value=1)
     print(f"drew {path}: query view, its boxes, key view, patches", file=sys.stderr)
 
 
@@ -965,9 +952,7 @@ def main():
         parser.add_argument("--download", action="store_true", help="fetch it into --data-root")
     parser.add_argument("--views", type=Path, metavar="FILE", help="draw views as PNG, no check")
     args = parser.parse_args()
-    sets = load_dataset(
-        args.dataset, args.data_root, args.index_dir, args.imbalance, args.download
-    )
+    sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance, args.download)
     if args.views:
         return draw_views(args.views, sets["train"], args)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8

@@ -29,24 +29,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 import data
+import train
 from data import BadInput, Batches, Draws, Parser, Progress, in_turn, load_batches, shot_groups
-from models import SMALL_ARCHS, Encoder
-from train import (
-    CLASSIFIERS,
-    HARMLESS,
-    add_run_flags,
-    autocast,
-    load,
-    plain,
-    resume,
-    save,
-    save_text,
-    start,
-)
-from train import STAGE as STAGE1
+from models import SMALL_ARCHS, Encoder, means
+from train import add_run_flags, autocast, gather, load, plain, resume, save
 
 STAGE = "stage 2 of DSCL + PBSD"
 
@@ -71,7 +60,7 @@ def parse_args():
     output = Path(where.output or Path("runs") / (where.dataset or data.DEFAULT))
     path = Path(where.checkpoint or output / "checkpoint.pth")
     ahead = path.exists() and not {"-h", "--help", "--summary"} & set(sys.argv)
-    stage1 = load(path, STAGE1) if ahead else None
+    stage1 = load(path, train.STAGE) if ahead else None
     run = stage1["args"] if stage1 else {}
     parser = Parser(__doc__, run.get("dataset", where.dataset or data.DEFAULT))
     parser.settings("stage2", STAGE2)
@@ -88,11 +77,11 @@ def parse_args():
     args = parser.parse_args()
     if args.summary:
         return args, None
-    stage1 = stage1 or load(path, STAGE1)
+    stage1 = stage1 or load(path, train.STAGE)
     run = stage1["args"]
     if args.dataset != run["dataset"]:
         raise BadInput(f"{path} was trained on {run['dataset']}, not on {args.dataset}")
-    if args.epochs == 0 and run["loss"] not in CLASSIFIERS:
+    if args.epochs == 0 and run["loss"] not in train.CLASSIFIERS:
         raise BadInput(f"--epochs 0: {path} has no classifier; --loss ce or la trains one")
     if args.export and (run["arch"] in SMALL_ARCHS or run["experts"] > 1):
         raise BadInput(f"--export: torchvision has no {run['arch']} of {run['experts']} experts")
@@ -116,9 +105,9 @@ def classifier_of(run, state, classes, seed, own):
 
 @torch.no_grad()
 def features_of(encoder, view, amp):
-    """The features of a view, float32 [E, B, C]; the backbone is frozen."""
+    """What classifiers and kNN see of a view, float32 [E, B, C]: the means of its feature maps."""
     with autocast(view.device, amp):
-        return encoder.features(view)
+        return means([maps.float() for maps in encoder.feature_maps(view)])
 
 
 @torch.no_grad()
@@ -138,9 +127,7 @@ def count_right(encoder, loader, run, classes, device, amp):
         hits = logits.topk(min(5, classes)).indices == labels[:, None]  # [1 + E, B, 5]
         counted = torch.stack([torch.ones_like(hits[..., 0]), hits[..., 0], hits.any(2)], dim=1)
         tally.index_add_(2, labels, counted.long())
-    if dist.is_initialized():
-        dist.all_reduce(tally)
-    return tally.cpu()
+    return gather(tally[None]).sum(0).cpu()
 
 
 def metrics(tally, train_counts):
@@ -176,8 +163,8 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
     Leaves its weights in the encoder; returns {"accuracy", "epoch"}. Goes on from classifier.pth.
     """
     rank, world, device = processes
-    labels, path = sets["train"].labels, args.output / "classifier.pth"
-    counts = labels.bincount()
+    train_set, path = sets["train"], args.output / "classifier.pth"
+    counts = train_set.labels.bincount()
     optimizer = torch.optim.SGD(
         encoder.heads.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay
     )
@@ -186,17 +173,16 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
         encoder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         epoch, best = saved["epoch"], saved["best"]
-    per_epoch = len(labels) // args.batch_size
+    per_epoch = len(train_set) // args.batch_size
     split = dict(start=epoch * per_epoch, rank=rank, world=world, balanced=True, seed=args.seed)
-    batches = Batches(labels, args.batch_size, args.epochs, **split)
-    loader = load_batches(sets["train"], batches, run, int(args.augment), args.workers, device)
+    batches = Batches(train_set.labels, args.batch_size, args.epochs, **split)
+    loader = load_batches(train_set, batches, run, int(args.augment), args.workers, device)
     heads = DistributedDataParallel(encoder.heads) if world > 1 else encoder.heads
     progress, began = Progress(len(batches.steps)), time.monotonic()
     for step, (images, labels) in zip(batches.steps, loader):
         encoder.train(args.bn == "train")
         passed = sum(step >= milestone * args.epochs * per_epoch for milestone in args.milestones)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * 0.1**passed
+        optimizer.param_groups[0]["lr"] = args.lr * 0.1**passed
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if args.augment:
             seed = data.seed_from(args.seed, step, 1)  # not the stream that drew the classes
@@ -267,7 +253,7 @@ def neighbour_accuracy(encoder, train_set, held_out, args, run, device, k=10, te
 
 def summary(runs):
     """Lines of mean and standard deviation of runs, those that differ in seed alone in one."""
-    groups, ignored = {}, HARMLESS - {"amp"} | {"seed", "pictures"}
+    groups, ignored = {}, train.HARMLESS - {"amp"} | {"seed", "pictures"}
     finished = [run for run in runs if (run / "results.json").exists()] or runs
     if len(finished) < len(runs):
         print(f"{len(runs) - len(finished)} of {len(runs)} have no results", file=sys.stderr)
@@ -300,15 +286,13 @@ def export(path, encoder, run, names):
 
     That says how evaluation made a picture ready, and what the classes are called.
     """
-    prefixes = {"shared.": "", "branches.0.": "", "heads.0.": "fc."}
-    state = encoder.state_dict()
-    for old, new in prefixes.items():
-        state = {n.replace(old, new, 1) if n.startswith(old) else n: v for n, v in state.items()}
-    save(path, {name: value.cpu() for name, value in state.items()})
+    parts = encoder.shared, encoder.branches[0], nn.ModuleDict(dict(fc=encoder.heads[0]))
+    state = {name: value.cpu() for part in parts for name, value in part.state_dict().items()}
+    save(path, state)
     card = dict(arch=run.arch, classes=names, mean=run.mean, std=run.std)
     if not data.in_memory(run.dataset):
         card |= dict(resize=data.shorter_side(run.view_size), crop=run.view_size)
-    save_text(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
+    save(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
     print(f"wrote {path} and {path}.json", file=sys.stderr)
 
 
@@ -322,7 +306,8 @@ def draw_accuracy(path, results, names):
     width, left, bottom = max(1, min(50, 1600 // len(order))), 40, 340  # 3 pixels a percent
     picture = Image.new("RGB", (left + width * len(order) + 20, bottom + 130), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((6, 4), f"top-1 on {results['reported_on']}: {results['all']:.2f}", "black", font)
+    title = f"top-1 on {results['reported_on']}, mean of classes: {results['all']:.2f}"
+    draw.text((6, 4), title, "black", font)
     for percent in range(0, 101, 20):
         y = bottom - 3 * percent
         draw.line([(left, y), (picture.width, y)], (220, 220, 220))
@@ -376,14 +361,14 @@ def draw_activation(path, encoder, pictures, counts, run, names, device, side=16
     strips = [caption(f"{names[c]}: {counts[c]} training pictures", 2 * side) for c in labels]
     strips = torch.stack([pil_to_tensor(strip) / 255 for strip in strips])
     both = torch.cat([shown, shown * (0.2 + 0.8 * maps)], dim=3)
-    save_image(make_grid(torch.cat([both, strips], dim=2), nrow=3, pad_value=1), path)
+    save_image(torch.cat([both, strips], dim=2), path, nrow=3, pad_value=1)
 
 
 def main():
     args, stage1 = parse_args()
     if args.summary:
         return print(summary(args.summary))
-    rank, world, device = processes = start(args)
+    rank, world, device = processes = train.start(args)
     run = argparse.Namespace(**stage1["args"])
     sets = data.load_dataset(run.dataset, args.data_root, args.index_dir, args.imbalance)
     trained = vars(run) | dict(step=stage1["step"])
@@ -397,7 +382,7 @@ def main():
     run.patches = 0  # stage 2 needs none
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
-    data.fit_batch(args, "stage2", len(sets["train"]), world)
+    data.fit_batch(args, len(sets["train"]))
     encoder = classifier_of(run, stage1.pop("encoder"), len(counts), args.seed, args.epochs == 0)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     if args.knn:
@@ -406,11 +391,10 @@ def main():
         if rank == 0:
             print(f"kNN on {split}, step {stage1['step']}: {accuracy:.2f}")
         return
-    for directory in (args.output, args.plots, args.export and args.export.parent):
-        if directory:
-            directory.mkdir(parents=True, exist_ok=True)
-            if not os.access(directory, os.W_OK):
-                raise BadInput(f"{directory} cannot be written")
+    for directory in filter(None, (args.output, args.plots, args.export and args.export.parent)):
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise BadInput(f"{directory} cannot be written")
 
     reported = "test" if "test" in sets else "val"
     chosen = "val" if {"val", "test"} <= sets.keys() and args.epochs else None
@@ -423,6 +407,8 @@ def main():
     best = dict(accuracy=None, epoch=0)
     if args.epochs:
         best = train_classifier(encoder, sets, loaders, args, run, processes)
+    else:
+        resume(args.output / "classifier.pth", STAGE, args)  # refuses another stage 2's place
 
     # Only now the test set, once, with the epoch that val chose.
     after = [weight for weight in encoder.parameters() if not weight.requires_grad]
@@ -437,8 +423,7 @@ def main():
         reported_counts=tally[0, 0].tolist(),
         experts=experts if len(experts) > 1 else None, arguments=plain(args),
     )
-    text = json.dumps(results, indent=1) + "\n"
-    save_text(args.output / "results.json", text)
+    save(args.output / "results.json", json.dumps(results, indent=1) + "\n")
     print(table(results, counts))
     if len(experts) > 1:
         print("its experts alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))

@@ -12,9 +12,6 @@ from numbers import Real
 
 import torch
 
-BUDGET = {"cpu": 2**18}
-
-
 # Elements in a block of logits: a CPU's cache holds them, a GPU has one block for its batch.
 BLOCK = {"cpu": 2**18}
 

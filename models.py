@@ -96,17 +96,13 @@ class Encoder(nn.Module):
     cross-entropy baseline and of stage 2.
     """
 
-    def __init__(self, arch, experts=1, classes=None, dim=128):
+    def __init__(self, arch, experts=1, classes=None):
         super().__init__()
-        backbone, channels = build_backbone(arch)
-        split = list(dict(backbone.named_children())).index("layer3")
-        self.shared = backbone[:split]
-        self.branches = nn.ModuleList([backbone[split:]])
-        self.branches.extend(build_backbone(arch)[0][split:] for _ in range(experts - 1))
-        self.heads = Heads(
-            nn.Linear(channels, classes) if classes else projection(channels, dim)
-            for _ in range(experts)
-        )
+        backbones, channels = zip(*(build_backbone(arch) for _ in range(experts)))
+        split = list(dict(backbones[0].named_children())).index("layer3")
+        self.shared = backbones[0][:split]
+        self.branches = nn.ModuleList(backbone[split:] for backbone in backbones)
+        self.heads = Heads(nn.Linear(c, classes) if classes else projection(c) for c in channels)
 
     def forward(self, view, boxes=None, patches=None):
         """Embeddings of views and, as teacher and student, of their regions and patches.
@@ -132,10 +128,6 @@ class Encoder(nn.Module):
         shared = self.shared(view)
         return [branch(shared) for branch in self.branches]
 
-    def features(self, view):
-        """What stage 2 and kNN see, float32 [E, B, C]: the means of the feature maps."""
-        return means([maps.float() for maps in self.feature_maps(view)])
-
 
 class Heads(nn.ModuleList):
     """One head an expert: rows [E, ..., C] to [E, ..., D]."""
@@ -151,7 +143,7 @@ class UnitLength(nn.Module):
         return F.normalize(rows.float(), dim=-1)
 
 
-def projection(channels, dim):
+def projection(channels, dim=128):
     """The head g: Linear, ReLU, Linear, normalise."""
     layers = nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, dim)
     return nn.Sequential(*layers, UnitLength())

@@ -243,15 +243,15 @@ def check_finite(tensors, step, lr):
 # ---------------------------------------------------------------------------- saving, resuming
 
 
-def save(path, content, write=torch.save):
-    """Write a file beside `path`, then put it in its place: there is always a whole one.
+def save(path, content):
+    """Write text, or else by torch.save, beside `path`, then put it in its place, whole.
 
-    write(content, file) fills the file, opened for bytes. BadInput if it cannot be written.
+    BadInput if it cannot be written; what stood there stays.
     """
     beside = path.with_name(path.name + ".new")
     try:
         with open(beside, "wb") as file:
-            write(content, file)
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -262,10 +262,6 @@ def save(path, content, write=torch.save):
         if not path.parent.is_dir():
             raise BadInput(f"{path.parent} is gone, and what stood there") from None
         raise BadInput(f"{path} cannot be written ({reason}); what stood there is whole") from None
-
-
-def save_text(path, text):
-    save(path, text.encode(), lambda content, file: file.write(content))
 
 
 def load(path, stage):
@@ -311,14 +307,13 @@ def resume(path, stage, args):
 def open_log(path, args, step):
     """log.jsonl, line by line; a resumed run keeps the records up to its checkpoint."""
     lines = []
-    if step:
-        with contextlib.suppress(OSError, ValueError):  # a crash may have cut the last line
-            for line in path.read_text().splitlines(keepends=True):
-                lines += [line] if json.loads(line).get("step", 0) <= step else []
+    with contextlib.suppress(OSError, ValueError):  # there is none, or a crash cut its last line
+        for line in path.read_text().splitlines(keepends=True):
+            lines += [line] if json.loads(line).get("step", 1) <= step else []  # header: from 1 on
     versions = {m.__name__: m.__version__ for m in (torch, torchvision)}
     header = dict(command=shlex.join(sys.argv), versions=versions, arguments=plain(args))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_text(path, "".join(lines) or json.dumps(header) + "\n")
+    save(path, "".join(lines) or json.dumps(header) + "\n")
     return open(path, "a", buffering=1)
 
 
@@ -328,7 +323,7 @@ def main():
     sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     args.pictures = {split: len(part) for split, part in sets.items()}  # must stay, as all of args
     train_set, path = sets["train"], args.output / "checkpoint.pth"
-    data.fit_batch(args, "stage1", len(train_set), world)
+    data.fit_batch(args, len(train_set))
     saved = resume(path, STAGE, args)
 
     torch.manual_seed(args.seed)  # the same weights everywhere
@@ -374,9 +369,7 @@ def main():
     sums = since = 0  # of the loss and its terms, and the steps, since the last record
     logged_at = saved_at = time.monotonic()
     for step, (images, labels) in enumerate(loader, first + 1):
-        lr = learning_rate(step - 1, per_epoch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, per_epoch, args)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         shuffle = Shuffle(args, step - 1, rank, world, device)
         values = train_step(model, key_encoder, queue, images, labels, shuffle, args)

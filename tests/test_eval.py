@@ -36,15 +36,16 @@ class Ranks(torch.nn.Module):
     A second expert is sure of the picture's class, a third as sure of the next one.
     """
 
-    def features(self, view):
-        return view[:, 0, 0, :1].round().long()
+    def feature_maps(self, view):
+        return [view[:, :1, :1, :1]]
 
     def __init__(self):
         super().__init__()
         self.heads = self.Heads([None] * 3)
 
     class Heads(list):
-        def __call__(self, named):
+        def __call__(self, features):
+            named = features[0].round().long()
             logits = torch.arange(8.0).repeat(len(named), 1).scatter(1, named, 2.5)
             sure = torch.zeros_like(logits).scatter(1, named, 90)
             return torch.stack([logits, sure, sure.roll(1, dims=1)])

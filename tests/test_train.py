@@ -163,6 +163,8 @@ def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
         right = encoder(view)[0][0].argmax(1) == test.labels
     assert results["top1"] == pytest.approx(100 * right.float().mean().item(), abs=0.3)
     assert results["val"] is None and not (tmp_path / "alone" / "classifier.pth").exists()
+    with pytest.raises(BadInput, match="epochs was 1, now 0"):  # nor is another's result lost
+        call(stage2, "--output", tmp_path, "--epochs", 0)
 
 
 def test_logit_adjustment_adds_the_log_of_the_classes_shares(
@@ -735,8 +737,8 @@ def test_a_set_smaller_than_the_recipes_batch_is_trained_on_whole(tmp_path, call
         call(train, *options, "--batch-size", 100)
     call(train, *options)
     counts = checkpoint(tmp_path / "run")["args"]["pictures"]
-    assert checkpoint(tmp_path / "run")["args"]["batch_size"] == counts["train"] < 40
+    assert checkpoint(tmp_path / "run")["args"]["batch_size"] == 16 <= counts["train"] < 32
     call(stage2, *options[4:8], "--workers", 0)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["arguments"]["batch_size"] == sum(results["counts"]) == counts["train"]
+    assert results["arguments"]["batch_size"] == 16 and sum(results["counts"]) == counts["train"]
     assert sum(results["reported_counts"]) == counts["test"]
