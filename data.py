@@ -169,6 +169,184 @@ class BadInput(Exception):
     """Something the user gave cannot be used; the message says what and how to mend it."""
 
 
+# ----------------------------------------------------------------------------- views and patches
+
+@lru_cache
+def constant(values, device):
+    """A tensor of a tuple of numbers, made once: each copy to a GPU would wait for it."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+class Draws:
+    """Random numbers for the views of pictures, the same in any number of processes.
+
+    Drawn for all `batch_size` pictures of the global batch, of which `rows` are this process's;
+    `copies` of each, one after another, for its patches.
+    """
+
+    def __init__(self, seed, batch_size, rows, device):
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.batch_size, self.rows, self.device, self.copies = batch_size, rows, device, 1
+
+    def uniform(self, low, high, *shape):
+        """Uniform in [low, high]: [copies * pictures, *shape]."""
+        shape = self.copies, self.batch_size, *shape
+        draw = torch.empty(shape, device=self.device).uniform_(low, high, generator=self.generator)
+        return draw[:, self.rows].flatten(0, 1)
+
+
+def random_boxes(draws, size, scale, tries=10):
+    """Random resized crops of a square of `size` pixels: boxes [N, 4] as x1, y1, x2, y2.
+
+    As torchvision's RandomResizedCrop, in sub-pixels: area uniform in `scale` of the square, log
+    aspect ratio uniform, the first of `tries` that fits, else the whole square; position uniform.
+    """
+    area = size**2 * draws.uniform(*scale, tries)  # [N, tries]
+    aspect = draws.uniform(*np.log(RATIO), tries).exp()
+    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=2)  # [N, tries, 2]
+    sides = torch.cat([sides, sides.new_full((len(sides), 1, 2), size)], dim=1)
+    fits = (sides <= size).all(2).byte().argmax(1)  # the first that fits
+    sides = sides.take_along_dim(fits[:, None, None], dim=1).squeeze(1)  # [N, 2]
+    corner = draws.uniform(0, 1, 2) * (size - sides)
+    return torch.cat([corner, corner + sides], dim=1)
+
+
+def crop(images, boxes, size):
+    """Cut and resize: images [B, C, H, W] and boxes [n B, 4] to [n B, C, size, size].
+
+    Box i is of picture i mod B, in pixels. RoIAlign is a bilinear resize, averaging when it
+    shrinks, for all pictures at once.
+    """
+    rows = torch.arange(len(images), device=boxes.device, dtype=boxes.dtype)
+    rows = rows.repeat(len(boxes) // len(images))
+    return roi_align(images, torch.cat([rows[:, None], boxes], dim=1), size, aligned=True)
+
+
+def random_flip(images, draws):
+    """Mirror each picture with probability 1/2."""
+    flip = draws.uniform(0, 1, 1, 1, 1) < 0.5
+    return torch.where(flip, images.flip(3), images)
+
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+# A hue change turns I and Q: in RGB it is HUE[0] + cos HUE[1] + sin HUE[2].
+TURN = np.array([np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1], [0, 1, 0]]])
+HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
+
+
+def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
+    """Colour jitter and random grey of each picture as one affine map of its pixels: [B, 3, 4].
+
+    channel_means [B, 3], pixels in [0, 1]. `jitter` (brightness, contrast, saturation, hue) as in
+    torchvision's ColorJitter, with probability jitter_p. But hue is a rotation in YIQ where
+    torchvision's is a shift in HSV, and values are clamped once in the end, not at each change, so
+    that their order does not matter.
+    """
+    device = channel_means.device
+    luma, hues = constant(LUMA, device), constant(HUE, device).view(3, 3, 3)
+    unchanged = torch.eye(3, 4, device=device)
+    identity, grey = unchanged[:, :3], luma.expand(3, 3)
+    low = constant((*(max(0, 1 - s) for s in jitter[:3]), -2 * math.pi * jitter[3]), device)
+    high = constant((*(1 + s for s in jitter[:3]), 2 * math.pi * jitter[3]), device)
+    changes = torch.lerp(low, high, draws.uniform(0, 1, 4))[..., None, None]
+    brightness, contrast, saturation, angle = changes.unbind(1)  # each [B, 1, 1]
+
+    turn = hues[0] + angle.cos() * hues[1] + angle.sin() * hues[2]
+    matrix = brightness * contrast * (turn @ torch.lerp(grey, identity, saturation))
+    # Contrast mixes with the mean grey of the picture, which saturation and hue leave as it is.
+    offset = brightness * (1 - contrast) * (channel_means @ luma)[:, None, None]
+    matrix = torch.cat([matrix, offset.expand(-1, 3, 1)], dim=2)
+    matrix = torch.where(draws.uniform(0, 1, 1, 1) < jitter_p, matrix, unchanged)
+    return torch.where(draws.uniform(0, 1, 1, 1) < grey_p, grey @ matrix, matrix)
+
+
+def change_colors(images, matrices):
+    """Apply color_matrices to float images [B, 1 or 3, H, W] in [0, 1]; returns [B, 3, H, W]."""
+    pixels = images.expand(-1, 3, -1, -1).flatten(2).contiguous()  # else baddbmm is 10x as slow
+    changed = torch.baddbmm(matrices[:, :, 3:], matrices[:, :, :3], pixels)
+    return changed.clamp_(0, 1).view(len(images), 3, *images.shape[2:])
+
+
+def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
+    """Gaussian blur of each picture with the given probability; sigma uniform, in pixels."""
+    if not probability:
+        return images
+    count, channels, height, width = images.shape
+    radius = min(round(3 * sigma[1]), min(height, width) - 1)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    # [B, 2 radius + 1], sums to 1
+    kernel = (-0.5 * (offsets / draws.uniform(*sigma, 1)) ** 2).softmax(1)
+    chosen = draws.uniform(0, 1, 1) < probability
+    kernel = torch.where(chosen, kernel, (offsets == 0).to(kernel.dtype))
+    kernel = kernel.repeat_interleave(channels, 0)[:, None]  # each plane its own, both ways
+    planes = F.pad(images.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
+    planes = F.conv2d(planes, kernel[:, :, None], groups=count * channels)
+    planes = F.conv2d(planes, kernel[:, :, :, None], groups=count * channels)
+    return planes.view(images.shape)
+
+
+def recipe_colors(recipe, device):
+    """The channels' mean and std, each [3, 1, 1]."""
+    return (constant(tuple(v), device)[:, None, None] for v in (recipe.mean, recipe.std))
+
+
+def normalize(images, recipe):
+    """Float images [B, 1 or 3, H, W] in [0, 1] to three standardised channels, channels last."""
+    mean, std = recipe_colors(recipe, images.device)
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def change_pixels(images, draws, recipe, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0):
+    """Colour changes, blur and normalisation of images [B, C, H, W] in [0, 1]."""
+    means = images.mean((2, 3)).expand(-1, 3)
+    images = change_colors(images, color_matrices(means, draws, jitter, jitter_p, grey_p))
+    return normalize(random_blur(images, draws, blur_p), recipe)
+
+
+def random_view(images, draws, recipe):
+    """uint8 crops [B, C, V, V], or whole pictures to cut, as a view: float [B, C, V, V] in [0, 1].
+
+    A random flip, and a random resized crop of what the workers have not cut.
+    """
+    images = images.float() / 255
+    if in_memory(recipe.dataset):
+        boxes = random_boxes(draws, images.shape[-1], recipe.crop_scale)
+        images = crop(images, boxes, recipe.view_size)
+    return random_flip(images, draws)
+
+
+def evaluation_view(images, recipe):
+    """uint8 images [1, B, C, H, W], whole or their centre, only normalised: [B, 3, H, W]."""
+    return normalize(images[0].float() / 255, recipe)
+
+
+def query_views(images, draws, recipe):
+    """What the trained encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut.
+
+    The query view [B, 3, V, V], L = recipe.patches boxes a picture [L, B, 4] in its pixels, drawn
+    after its crop and flip, and these regions before its colour changes as patches
+    [L, B, 3, S, S]; None and None without patches.
+    """
+    view, count = random_view(images, draws, recipe), recipe.patches
+    changes = recipe.query_jitter, recipe.query_jitter_p, recipe.grey_p, recipe.blur_p
+    boxes = patches = None
+    if count:
+        of_patches = copy(draws)  # the stream goes on, with `count` rows a picture
+        of_patches.copies = count
+        boxes = random_boxes(of_patches, recipe.view_size, recipe.patch_scale)
+        patches = random_flip(crop(view, boxes, recipe.patch_size), of_patches)
+        patches = change_pixels(patches, of_patches, recipe, *changes)
+        patches = patches.unflatten(0, (count, len(view)))
+        boxes = boxes.unflatten(0, (count, len(view)))
+    return change_pixels(view, draws, recipe, *changes), boxes, patches
+
+
+def key_view(images, draws, recipe):
+    """What the momentum encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut."""
+    return change_pixels(random_view(images, draws, recipe), draws, recipe, recipe.key_jitter)
+
+
 # --------------------------------------------------------------------------- long-tailed subsets
 
 
@@ -559,184 +737,6 @@ def load_batches(pictures, batches, recipe, crops, workers, device):
         Loaded(pictures, recipe, crops), sampler=batches, batch_size=None, num_workers=workers,
         pin_memory=device.type == "cuda", persistent_workers=workers > 0,
     )
-
-
-# ----------------------------------------------------------------------------- views and patches
-
-@lru_cache
-def constant(values, device):
-    """A tensor of a tuple of numbers, made once: each copy to a GPU would wait for it."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-class Draws:
-    """Random numbers for the views of pictures, the same in any number of processes.
-
-    Drawn for all `batch_size` pictures of the global batch, of which `rows` are this process's;
-    `copies` of each, one after another, for its patches.
-    """
-
-    def __init__(self, seed, batch_size, rows, device):
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.batch_size, self.rows, self.device, self.copies = batch_size, rows, device, 1
-
-    def uniform(self, low, high, *shape):
-        """Uniform in [low, high]: [copies * pictures, *shape]."""
-        shape = self.copies, self.batch_size, *shape
-        draw = torch.empty(shape, device=self.device).uniform_(low, high, generator=self.generator)
-        return draw[:, self.rows].flatten(0, 1)
-
-
-def random_boxes(draws, size, scale, tries=10):
-    """Random resized crops of a square of `size` pixels: boxes [N, 4] as x1, y1, x2, y2.
-
-    As torchvision's RandomResizedCrop, in sub-pixels: area uniform in `scale` of the square, log
-    aspect ratio uniform, the first of `tries` that fits, else the whole square; position uniform.
-    """
-    area = size**2 * draws.uniform(*scale, tries)  # [N, tries]
-    aspect = draws.uniform(*np.log(RATIO), tries).exp()
-    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=2)  # [N, tries, 2]
-    sides = torch.cat([sides, sides.new_full((len(sides), 1, 2), size)], dim=1)
-    fits = (sides <= size).all(2).byte().argmax(1)  # the first that fits
-    sides = sides.take_along_dim(fits[:, None, None], dim=1).squeeze(1)  # [N, 2]
-    corner = draws.uniform(0, 1, 2) * (size - sides)
-    return torch.cat([corner, corner + sides], dim=1)
-
-
-def crop(images, boxes, size):
-    """Cut and resize: images [B, C, H, W] and boxes [n B, 4] to [n B, C, size, size].
-
-    Box i is of picture i mod B, in pixels. RoIAlign is a bilinear resize, averaging when it
-    shrinks, for all pictures at once.
-    """
-    rows = torch.arange(len(images), device=boxes.device, dtype=boxes.dtype)
-    rows = rows.repeat(len(boxes) // len(images))
-    return roi_align(images, torch.cat([rows[:, None], boxes], dim=1), size, aligned=True)
-
-
-def random_flip(images, draws):
-    """Mirror each picture with probability 1/2."""
-    flip = draws.uniform(0, 1, 1, 1, 1) < 0.5
-    return torch.where(flip, images.flip(3), images)
-
-
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
-# A hue change turns I and Q: in RGB it is HUE[0] + cos HUE[1] + sin HUE[2].
-TURN = np.array([np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1], [0, 1, 0]]])
-HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
-
-
-def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
-    """Colour jitter and random grey of each picture as one affine map of its pixels: [B, 3, 4].
-
-    channel_means [B, 3], pixels in [0, 1]. `jitter` (brightness, contrast, saturation, hue) as in
-    torchvision's ColorJitter, with probability jitter_p. But hue is a rotation in YIQ where
-    torchvision's is a shift in HSV, and values are clamped once in the end, not at each change, so
-    that their order does not matter.
-    """
-    device = channel_means.device
-    luma, hues = constant(LUMA, device), constant(HUE, device).view(3, 3, 3)
-    unchanged = torch.eye(3, 4, device=device)
-    identity, grey = unchanged[:, :3], luma.expand(3, 3)
-    low = constant((*(max(0, 1 - s) for s in jitter[:3]), -2 * math.pi * jitter[3]), device)
-    high = constant((*(1 + s for s in jitter[:3]), 2 * math.pi * jitter[3]), device)
-    changes = torch.lerp(low, high, draws.uniform(0, 1, 4))[..., None, None]
-    brightness, contrast, saturation, angle = changes.unbind(1)  # each [B, 1, 1]
-
-    turn = hues[0] + angle.cos() * hues[1] + angle.sin() * hues[2]
-    matrix = brightness * contrast * (turn @ torch.lerp(grey, identity, saturation))
-    # Contrast mixes with the mean grey of the picture, which saturation and hue leave as it is.
-    offset = brightness * (1 - contrast) * (channel_means @ luma)[:, None, None]
-    matrix = torch.cat([matrix, offset.expand(-1, 3, 1)], dim=2)
-    matrix = torch.where(draws.uniform(0, 1, 1, 1) < jitter_p, matrix, unchanged)
-    return torch.where(draws.uniform(0, 1, 1, 1) < grey_p, grey @ matrix, matrix)
-
-
-def change_colors(images, matrices):
-    """Apply color_matrices to float images [B, 1 or 3, H, W] in [0, 1]; returns [B, 3, H, W]."""
-    pixels = images.expand(-1, 3, -1, -1).flatten(2).contiguous()  # else baddbmm is 10x as slow
-    changed = torch.baddbmm(matrices[:, :, 3:], matrices[:, :, :3], pixels)
-    return changed.clamp_(0, 1).view(len(images), 3, *images.shape[2:])
-
-
-def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
-    """Gaussian blur of each picture with the given probability; sigma uniform, in pixels."""
-    if not probability:
-        return images
-    count, channels, height, width = images.shape
-    radius = min(round(3 * sigma[1]), min(height, width) - 1)
-    offsets = torch.arange(-radius, radius + 1, device=images.device)
-    # [B, 2 radius + 1], sums to 1
-    kernel = (-0.5 * (offsets / draws.uniform(*sigma, 1)) ** 2).softmax(1)
-    chosen = draws.uniform(0, 1, 1) < probability
-    kernel = torch.where(chosen, kernel, (offsets == 0).to(kernel.dtype))
-    kernel = kernel.repeat_interleave(channels, 0)[:, None]  # each plane its own, both ways
-    planes = F.pad(images.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
-    planes = F.conv2d(planes, kernel[:, :, None], groups=count * channels)
-    planes = F.conv2d(planes, kernel[:, :, :, None], groups=count * channels)
-    return planes.view(images.shape)
-
-
-def recipe_colors(recipe, device):
-    """The channels' mean and std, each [3, 1, 1]."""
-    return (constant(tuple(v), device)[:, None, None] for v in (recipe.mean, recipe.std))
-
-
-def normalize(images, recipe):
-    """Float images [B, 1 or 3, H, W] in [0, 1] to three standardised channels, channels last."""
-    mean, std = recipe_colors(recipe, images.device)
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-def change_pixels(images, draws, recipe, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0):
-    """Colour changes, blur and normalisation of images [B, C, H, W] in [0, 1]."""
-    means = images.mean((2, 3)).expand(-1, 3)
-    images = change_colors(images, color_matrices(means, draws, jitter, jitter_p, grey_p))
-    return normalize(random_blur(images, draws, blur_p), recipe)
-
-
-def random_view(images, draws, recipe):
-    """uint8 crops [B, C, V, V], or whole pictures to cut, as a view: float [B, C, V, V] in [0, 1].
-
-    A random flip, and a random resized crop of what the workers have not cut.
-    """
-    images = images.float() / 255
-    if in_memory(recipe.dataset):
-        boxes = random_boxes(draws, images.shape[-1], recipe.crop_scale)
-        images = crop(images, boxes, recipe.view_size)
-    return random_flip(images, draws)
-
-
-def evaluation_view(images, recipe):
-    """uint8 images [1, B, C, H, W], whole or their centre, only normalised: [B, 3, H, W]."""
-    return normalize(images[0].float() / 255, recipe)
-
-
-def query_views(images, draws, recipe):
-    """What the trained encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut.
-
-    The query view [B, 3, V, V], L = recipe.patches boxes a picture [L, B, 4] in its pixels, drawn
-    after its crop and flip, and these regions before its colour changes as patches
-    [L, B, 3, S, S]; None and None without patches.
-    """
-    view, count = random_view(images, draws, recipe), recipe.patches
-    changes = recipe.query_jitter, recipe.query_jitter_p, recipe.grey_p, recipe.blur_p
-    boxes = patches = None
-    if count:
-        of_patches = copy(draws)  # the stream goes on, with `count` rows a picture
-        of_patches.copies = count
-        boxes = random_boxes(of_patches, recipe.view_size, recipe.patch_scale)
-        patches = random_flip(crop(view, boxes, recipe.patch_size), of_patches)
-        patches = change_pixels(patches, of_patches, recipe, *changes)
-        patches = patches.unflatten(0, (count, len(view)))
-        boxes = boxes.unflatten(0, (count, len(view)))
-    return change_pixels(view, draws, recipe, *changes), boxes, patches
-
-
-def key_view(images, draws, recipe):
-    """What the momentum encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut."""
-    return change_pixels(random_view(images, draws, recipe), draws, recipe, recipe.key_jitter)
 
 
 # -------------------------------------------------------------------- what the commands share

@@ -39,55 +39,6 @@ from train import add_run_flags, autocast, gather, load, plain, resume, save
 
 STAGE = "stage 2 of DSCL + PBSD"
 
-# What a setting of the recipe may be, and means.
-STAGE2 = dict(
-    epochs=((0, 1e6), "passes over the training set; 0 reports the classifier of --loss ce or la"),
-    batch_size=((1, 1e6), "pictures a step, over all processes"),
-    lr=((1e-8, 1e4), "learning rate of SGD, whatever --batch-size"),
-    weight_decay=((0, 1), "of SGD"),
-    milestones=((0, 1), "shares of the epochs after which the learning rate falls to a tenth"),
-    augment=(None, "train on crops and colours as stage 1's query views, not on whole pictures"),
-    bn=(("train", "eval"), "BatchNorm of the backbone: the batch's statistics, or stage 1's"),
-)
-
-
-def parse_args():
-    """The arguments, and the checkpoint of stage 1, whose data set's recipe gives the defaults."""
-    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--checkpoint", "--output", "--dataset"):
-        where.add_argument(flag, nargs="?")
-    where = where.parse_known_args()[0]
-    output = Path(where.output or Path("runs") / (where.dataset or data.DEFAULT))
-    path = Path(where.checkpoint or output / "checkpoint.pth")
-    ahead = path.exists() and not {"-h", "--help", "--summary"} & set(sys.argv)
-    stage1 = load(path, train.STAGE) if ahead else None
-    run = stage1["args"] if stage1 else {}
-    parser = Parser(__doc__, run.get("dataset", where.dataset or data.DEFAULT))
-    parser.settings("stage2", STAGE2)
-    add_run_flags(parser)
-    file = dict(type=Path, metavar="FILE")
-    parser.add_argument("--checkpoint", **file, help="of train.py (default: in --output)")
-    parser.add_argument("--knn", action="store_true", help="print kNN accuracy, nothing else")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw accuracy and activation")
-    parser.add_argument("--export", **file, help="write weights by torchvision's names")
-    text = "mean and std of finished runs that differ in seed, nothing else"
-    parser.add_argument("--summary", type=Path, nargs="+", metavar="RUN", help=text)
-    parser.set_defaults(output=path.parent, checkpoint=path)
-    parser.set_defaults(**{name: run.get(name) for name in ("data_root", "index_dir", "imbalance")})
-    args = parser.parse_args()
-    if args.summary:
-        return args, None
-    stage1 = stage1 or load(path, train.STAGE)
-    run = stage1["args"]
-    if args.dataset != run["dataset"]:
-        raise BadInput(f"{path} was trained on {run['dataset']}, not on {args.dataset}")
-    if args.epochs == 0 and run["loss"] not in train.CLASSIFIERS:
-        raise BadInput(f"--epochs 0: {path} has no classifier; --loss ce or la trains one")
-    if args.export and (run["arch"] in SMALL_ARCHS or run["experts"] > 1):
-        raise BadInput(f"--export: torchvision has no {run['arch']} of {run['experts']} experts")
-    return args, {name: stage1[name] for name in ("args", "step", "encoder")}
-
-
 # -------------------------------------------------------------------------------- classification
 
 
@@ -362,6 +313,57 @@ def draw_activation(path, encoder, pictures, counts, run, names, device, side=16
     strips = torch.stack([pil_to_tensor(strip) / 255 for strip in strips])
     both = torch.cat([shown, shown * (0.2 + 0.8 * maps)], dim=3)
     save_image(torch.cat([both, strips], dim=2), path, nrow=3, pad_value=1)
+
+
+# ---------------------------------------------------------------------------- arguments, main
+
+# What a setting of the recipe may be, and means.
+STAGE2 = dict(
+    epochs=((0, 1e6), "passes over the training set; 0 reports the classifier of --loss ce or la"),
+    batch_size=((1, 1e6), "pictures a step, over all processes"),
+    lr=((1e-8, 1e4), "learning rate of SGD, whatever --batch-size"),
+    weight_decay=((0, 1), "of SGD"),
+    milestones=((0, 1), "shares of the epochs after which the learning rate falls to a tenth"),
+    augment=(None, "train on crops and colours as stage 1's query views, not on whole pictures"),
+    bn=(("train", "eval"), "BatchNorm of the backbone: the batch's statistics, or stage 1's"),
+)
+
+
+def parse_args():
+    """The arguments, and the checkpoint of stage 1, whose data set's recipe gives the defaults."""
+    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--checkpoint", "--output", "--dataset"):
+        where.add_argument(flag, nargs="?")
+    where = where.parse_known_args()[0]
+    output = Path(where.output or Path("runs") / (where.dataset or data.DEFAULT))
+    path = Path(where.checkpoint or output / "checkpoint.pth")
+    ahead = path.exists() and not {"-h", "--help", "--summary"} & set(sys.argv)
+    stage1 = load(path, train.STAGE) if ahead else None
+    run = stage1["args"] if stage1 else {}
+    parser = Parser(__doc__, run.get("dataset", where.dataset or data.DEFAULT))
+    parser.settings("stage2", STAGE2)
+    add_run_flags(parser)
+    file = dict(type=Path, metavar="FILE")
+    parser.add_argument("--checkpoint", **file, help="of train.py (default: in --output)")
+    parser.add_argument("--knn", action="store_true", help="print kNN accuracy, nothing else")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw accuracy and activation")
+    parser.add_argument("--export", **file, help="write weights by torchvision's names")
+    text = "mean and std of finished runs that differ in seed, nothing else"
+    parser.add_argument("--summary", type=Path, nargs="+", metavar="RUN", help=text)
+    parser.set_defaults(output=path.parent, checkpoint=path)
+    parser.set_defaults(**{name: run.get(name) for name in ("data_root", "index_dir", "imbalance")})
+    args = parser.parse_args()
+    if args.summary:
+        return args, None
+    stage1 = stage1 or load(path, train.STAGE)
+    run = stage1["args"]
+    if args.dataset != run["dataset"]:
+        raise BadInput(f"{path} was trained on {run['dataset']}, not on {args.dataset}")
+    if args.epochs == 0 and run["loss"] not in train.CLASSIFIERS:
+        raise BadInput(f"--epochs 0: {path} has no classifier; --loss ce or la trains one")
+    if args.export and (run["arch"] in SMALL_ARCHS or run["experts"] > 1):
+        raise BadInput(f"--export: torchvision has no {run['arch']} of {run['experts']} experts")
+    return args, {name: stage1[name] for name in ("args", "step", "encoder")}
 
 
 def main():

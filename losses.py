@@ -12,60 +12,6 @@ from numbers import Real
 
 import torch
 
-# Elements in a block of logits: a CPU's cache holds them, a GPU has one block for its batch.
-BLOCK = {"cpu": 2**18}
-
-
-class _BankAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, bank):
-        rows = min(len(query), 512)
-        columns = BLOCK.get(query.device.type, 2**25) // rows
-        blocks = []
-        for block in query.split(rows):
-            logsumexp, mean = block.new_full((len(block), 1), -torch.inf), torch.zeros_like(block)
-            for chunk in bank.split(columns) if len(bank) else ():
-                weights = block @ chunk.T  # [rows, columns] the logits
-                top = weights.amax(1, keepdim=True)
-                weights.sub_(top).exp_()
-                total = weights.sum(1, keepdim=True)
-                chunk_mean, chunk_logsumexp = (weights @ chunk).div_(total), total.log().add_(top)
-                mean.lerp_(chunk_mean, (chunk_logsumexp - logsumexp).sigmoid_())
-                logsumexp = torch.logaddexp(logsumexp, chunk_logsumexp)
-            blocks.append((logsumexp.squeeze(1), mean))
-        logsumexp, mean = map(torch.cat, zip(*blocks))
-        ctx.save_for_backward(mean)
-        ctx.mark_non_differentiable(mean)
-        return logsumexp, mean
-
-    @staticmethod
-    def backward(ctx, grad_logsumexp, _):
-        if torch.is_grad_enabled():  # `mean` depends on the query; here it is a constant
-            raise RuntimeError("bank_attention has no second derivative: no create_graph=True")
-        (mean,) = ctx.saved_tensors
-        return grad_logsumexp[:, None] * mean, None
-
-
-def bank_attention(query, bank, *, temperature=0.07):
-    """Softmax attention of each query over a constant bank, in chunks.
-
-    query [N, D], bank [K, D]: rows of any length, though both losses pass unit vectors.
-    Returns (logsumexp [N], mean [N, D]) over the bank entries z_m:
-
-        logsumexp = log sum_m exp(q.z_m / temperature)
-        mean      = sum_m p(z_m|q) z_m,   p(z_m|q) = softmax over m of q.z_m / temperature
-
-    `logsumexp` is differentiable in the query, once, at no extra cost: its gradient is exactly
-    mean / temperature. `mean` and the bank are constants. An empty bank gives -inf and 0.
-    ValueError or TypeError names a bad argument.
-    """
-    _check_temperature(temperature)
-    _check("query", query, (None, None))
-    _check("bank", bank, (None, query.shape[1]))
-    query, bank = _full_precision(query, bank)
-    with torch.autocast(query.device.type, enabled=False):
-        return _BankAttention.apply(query / temperature, bank.detach())
-
 
 def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature=0.07):
     """Decoupled supervised contrastive loss, the paper's DSCL, mean over the anchors.
@@ -175,6 +121,61 @@ def _class_sums(labels, queue, queue_labels):
     counts = queue.new_zeros(len(classes) + 1).index_add_(0, slot, queue.new_ones(len(slot)))
     anchor = torch.searchsorted(classes, labels)  # [B]
     return sums[anchor], counts[anchor]
+
+
+# Elements in a block of logits: a CPU's cache holds them, a GPU has one block for its batch.
+BLOCK = {"cpu": 2**18}
+
+
+class _BankAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, bank):
+        rows = min(len(query), 512)
+        columns = BLOCK.get(query.device.type, 2**25) // rows
+        blocks = []
+        for block in query.split(rows):
+            logsumexp, mean = block.new_full((len(block), 1), -torch.inf), torch.zeros_like(block)
+            for chunk in bank.split(columns) if len(bank) else ():
+                weights = block @ chunk.T  # [rows, columns] the logits
+                top = weights.amax(1, keepdim=True)
+                weights.sub_(top).exp_()
+                total = weights.sum(1, keepdim=True)
+                chunk_mean, chunk_logsumexp = (weights @ chunk).div_(total), total.log().add_(top)
+                mean.lerp_(chunk_mean, (chunk_logsumexp - logsumexp).sigmoid_())
+                logsumexp = torch.logaddexp(logsumexp, chunk_logsumexp)
+            blocks.append((logsumexp.squeeze(1), mean))
+        logsumexp, mean = map(torch.cat, zip(*blocks))
+        ctx.save_for_backward(mean)
+        ctx.mark_non_differentiable(mean)
+        return logsumexp, mean
+
+    @staticmethod
+    def backward(ctx, grad_logsumexp, _):
+        if torch.is_grad_enabled():  # `mean` depends on the query; here it is a constant
+            raise RuntimeError("bank_attention has no second derivative: no create_graph=True")
+        (mean,) = ctx.saved_tensors
+        return grad_logsumexp[:, None] * mean, None
+
+
+def bank_attention(query, bank, *, temperature=0.07):
+    """Softmax attention of each query over a constant bank, in chunks.
+
+    query [N, D], bank [K, D]: rows of any length, though both losses pass unit vectors.
+    Returns (logsumexp [N], mean [N, D]) over the bank entries z_m:
+
+        logsumexp = log sum_m exp(q.z_m / temperature)
+        mean      = sum_m p(z_m|q) z_m,   p(z_m|q) = softmax over m of q.z_m / temperature
+
+    `logsumexp` is differentiable in the query, once, at no extra cost: its gradient is exactly
+    mean / temperature. `mean` and the bank are constants. An empty bank gives -inf and 0.
+    ValueError or TypeError names a bad argument.
+    """
+    _check_temperature(temperature)
+    _check("query", query, (None, None))
+    _check("bank", bank, (None, query.shape[1]))
+    query, bank = _full_precision(query, bank)
+    with torch.autocast(query.device.type, enabled=False):
+        return _BankAttention.apply(query / temperature, bank.detach())
 
 
 def _full_precision(*tensors):

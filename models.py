@@ -26,67 +26,6 @@ SMALL_ARCHS = {
 ARCHS = (*SMALL_ARCHS, "resnet18", "resnet50", "resnet152", "resnext50_32x4d")
 
 
-def build_backbone(arch):
-    """One of ARCHS up to its last feature map, and the channels of that map.
-
-    Module names are torchvision's (conv1, bn1, layer1, ...), so weights move both ways.
-    """
-    if arch in SMALL_ARCHS:
-        return cifar_resnet(**SMALL_ARCHS[arch])
-    resnet = get_model(arch, weights=None, zero_init_residual=True)
-    layers = [(name, m) for name, m in resnet.named_children() if name not in ("avgpool", "fc")]
-    return nn.Sequential(OrderedDict(layers)), resnet.fc.in_features
-
-
-def cifar_resnet(blocks, channels, strides):
-    """A ResNet for pictures of 28 to 64 pixels (He et al., 2016, section 4.2).
-
-    A 3x3 stem and three stages of `blocks` basic blocks with projection shortcuts; `strides` of
-    stem and stages. resnet_small has one block a stage, twice the width of resnet20 and a stem of
-    stride 2: more accuracy in equal time. No zero-init: in so few blocks it costs a short run
-    several points.
-    """
-
-    def stage(inputs, outputs, stride):
-        shortcut = None
-        if (inputs, 1) != (outputs, stride):
-            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
-        first = BasicBlock(inputs, outputs, stride, shortcut)
-        return nn.Sequential(first, *[BasicBlock(outputs, outputs) for _ in range(blocks - 1)])
-
-    stem, *rest = strides
-    layers = dict(
-        conv1=nn.Conv2d(3, channels, 3, stem, padding=1, bias=False),
-        bn1=nn.BatchNorm2d(channels),
-        relu=nn.ReLU(inplace=True),
-        layer1=stage(channels, channels, rest[0]),
-        layer2=stage(channels, 2 * channels, rest[1]),
-        layer3=stage(2 * channels, 4 * channels, rest[2]),
-    )
-    backbone = nn.Sequential(OrderedDict(layers))
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):  # as torchvision initialises its ResNets
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return backbone, 4 * channels
-
-
-def smallest_sides(arch):
-    """Pixels of the smallest view, of 2 x 2 cells in the last feature map, and smallest patch.
-
-    All regions of a view of one cell are the same. A patch may be one pixel after its last stride
-    but not before: bfloat16 on CPUs then gives gradients that differ from run to run (torch 2.14).
-    """
-    with torch.device("meta"):
-        modules = build_backbone(arch)[0].named_modules()
-    halvings = sum(
-        module.stride in (2, (2, 2))
-        for name, module in modules
-        if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and "downsample" not in name
-    )
-    return 2**halvings + 1, 2 ** (halvings - 1) + 1  # a stride halves a side, rounding up
-
-
 class Encoder(nn.Module):
     """Backbone f and projection head g of E experts; embeddings are normalise(g(f(x))), float32.
 
@@ -176,30 +115,6 @@ def frozen_running_statistics(module):
         norm.track_running_stats = True
 
 
-def load_pretrained(encoder, arch, source):
-    """Start every expert's backbone from the weights of torchvision's architecture.
-
-    source is a file with a state dict, or torchvision's name of weights (such as IMAGENET1K_V1),
-    which it downloads once. Their classifier `fc` is left out. ValueError if they do not fit.
-    """
-    names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
-    try:
-        if source in names:
-            state = names[source].get_state_dict()
-        else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-        for branch in encoder.branches:
-            layers = *encoder.shared.named_children(), *branch.named_children()
-            nn.Sequential(OrderedDict(layers)).load_state_dict(state)
-    except URLError as error:
-        raise ValueError(f"cannot fetch {names[source].url} ({error.reason})") from None
-    except Exception as error:  # a missing or foreign file, weights of another network
-        reason = " ".join(str(error).split())[:160]
-        known = f", nor torchvision's {' or '.join(names)}" if names else ""
-        raise ValueError(f"no file of {arch} weights{known} ({reason})") from None
-
-
 @torch.no_grad()
 def moving_average(key_encoder, encoder, momentum):
     """The key encoder's step: theta_key <- m theta_key + (1 - m) theta_query, in one operation.
@@ -247,3 +162,88 @@ class Queue(nn.Module):
 
     def set_extra_state(self, written):
         self.written = written
+
+
+def build_backbone(arch):
+    """One of ARCHS up to its last feature map, and the channels of that map.
+
+    Module names are torchvision's (conv1, bn1, layer1, ...), so weights move both ways.
+    """
+    if arch in SMALL_ARCHS:
+        return cifar_resnet(**SMALL_ARCHS[arch])
+    resnet = get_model(arch, weights=None, zero_init_residual=True)
+    layers = [(name, m) for name, m in resnet.named_children() if name not in ("avgpool", "fc")]
+    return nn.Sequential(OrderedDict(layers)), resnet.fc.in_features
+
+
+def cifar_resnet(blocks, channels, strides):
+    """A ResNet for pictures of 28 to 64 pixels (He et al., 2016, section 4.2).
+
+    A 3x3 stem and three stages of `blocks` basic blocks with projection shortcuts; `strides` of
+    stem and stages. resnet_small has one block a stage, twice the width of resnet20 and a stem of
+    stride 2: more accuracy in equal time. No zero-init: in so few blocks it costs a short run
+    several points.
+    """
+
+    def stage(inputs, outputs, stride):
+        shortcut = None
+        if (inputs, 1) != (outputs, stride):
+            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+        first = BasicBlock(inputs, outputs, stride, shortcut)
+        return nn.Sequential(first, *[BasicBlock(outputs, outputs) for _ in range(blocks - 1)])
+
+    stem, *rest = strides
+    layers = dict(
+        conv1=nn.Conv2d(3, channels, 3, stem, padding=1, bias=False),
+        bn1=nn.BatchNorm2d(channels),
+        relu=nn.ReLU(inplace=True),
+        layer1=stage(channels, channels, rest[0]),
+        layer2=stage(channels, 2 * channels, rest[1]),
+        layer3=stage(2 * channels, 4 * channels, rest[2]),
+    )
+    backbone = nn.Sequential(OrderedDict(layers))
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):  # as torchvision initialises its ResNets
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return backbone, 4 * channels
+
+
+def smallest_sides(arch):
+    """Pixels of the smallest view, of 2 x 2 cells in the last feature map, and smallest patch.
+
+    All regions of a view of one cell are the same. A patch may be one pixel after its last stride
+    but not before: bfloat16 on CPUs then gives gradients that differ from run to run (torch 2.14).
+    """
+    with torch.device("meta"):
+        modules = build_backbone(arch)[0].named_modules()
+    halvings = sum(
+        module.stride in (2, (2, 2))
+        for name, module in modules
+        if isinstance(module, (nn.Conv2d, nn.MaxPool2d)) and "downsample" not in name
+    )
+    return 2**halvings + 1, 2 ** (halvings - 1) + 1  # a stride halves a side, rounding up
+
+
+def load_pretrained(encoder, arch, source):
+    """Start every expert's backbone from the weights of torchvision's architecture.
+
+    source is a file with a state dict, or torchvision's name of weights (such as IMAGENET1K_V1),
+    which it downloads once. Their classifier `fc` is left out. ValueError if they do not fit.
+    """
+    names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
+    try:
+        if source in names:
+            state = names[source].get_state_dict()
+        else:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        for branch in encoder.branches:
+            layers = *encoder.shared.named_children(), *branch.named_children()
+            nn.Sequential(OrderedDict(layers)).load_state_dict(state)
+    except URLError as error:
+        raise ValueError(f"cannot fetch {names[source].url} ({error.reason})") from None
+    except Exception as error:  # a missing or foreign file, weights of another network
+        reason = " ".join(str(error).split())[:160]
+        known = f", nor torchvision's {' or '.join(names)}" if names else ""
+        raise ValueError(f"no file of {arch} weights{known} ({reason})") from None

@@ -35,56 +35,65 @@ STAGE = "stage 1 of DSCL + PBSD"
 CLASSIFIERS = ("ce", "la")  # the baselines of --loss that train a classifier
 LOG_EVERY = 10  # steps; also at the end of every epoch
 
-# Limits or choices, and help, of the flags whose defaults are the recipe's.
-STAGE1 = dict(
-    arch=(ARCHS, "backbone"),
-    pretrained=(None, "what it starts from: a file of torchvision's weights, their name, or none"),
-    experts=((1, 16), "experts, which share the first stages; stage 2 averages their logits"),
-    epochs=((1, 1e6), "passes over the training set"),
-    warmup_epochs=((0, 1e6), "of them, in which the learning rate rises to its peak"),
-    batch_size=((1, 1e6), "pictures a step, over all processes"),
-    lr=((1e-8, 1e3), "peak learning rate for 256 pictures a step; in proportion for others"),
-    weight_decay=((0, 1), "of SGD"),
-    queue_size=((0, 1e7), "keys K in the queue; beyond the training set they are stale copies"),
-    momentum_encoder=((0, 1), "m of the key encoder's moving average"),
-    temperature=((1e-3, 1e3), "tau of both losses; paper: 0.07"),
-    alpha=((0, 1), "DSCL's share of the anchor's own key; paper: 0.1"),
-    pbsd_weight=((0, 1e3), "lambda of PBSD, 0 leaves it out; paper: 1.5"),
-)
+# ------------------------------------------------------------------------------------- the step
 
 
-def parse_args():
-    parser = Parser(__doc__)
-    parser.settings("views", data.VIEWS)
-    parser.settings("stage1", STAGE1)
-    losses = "dscl; scl: the own key weighs as any other positive; ce: cross-entropy, no keys; la: "
-    parser.flag("loss", "dscl", ("dscl", "scl", *CLASSIFIERS), losses + "ce with logit adjustment")
-    add_run_flags(parser)
-    parser.flag("save_minutes", 30.0, (0, 1e6), "between checkpoints, besides one every epoch")
-    args = parser.parse_args()
-    if args.epochs <= args.warmup_epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
-    if args.loss == "scl":
-        args.alpha = None  # the share 1 / (|P_i| + 1)
-    if args.loss in CLASSIFIERS:
-        args.queue_size = args.pbsd_weight = 0
-    if not args.pbsd_weight:
-        args.patches = 0
-    view, patch = smallest_sides(args.arch)
-    for flag, side, least in (("view", args.view_size, view), ("patch", args.patch_size, patch)):
-        if side < least and (flag == "view" or args.patches):
-            parser.error(f"--{flag}-size {side}: {args.arch} takes {least} pixels or more")
-    return args
+def dscl_pbsd_step(model, key_encoder, queue, images, labels, shuffle, args):
+    """The method on a batch: its loss, DSCL and, unless lambda is 0, PBSD as a dict.
+
+    images uint8 [2, B, C, H, W] are two crops of each picture or, [1, B, C, H, W], whole pictures
+    of which both views are cut here; labels [B]. The keys go into the queue M. As in the published
+    code the batch is contrast as well; here that of all processes, so that their number changes no
+    loss.
+    """
+    # The query view x_i [B, 3, V, V], its L boxes B_i[j] [L, B, 4] and these as patches
+    # [L, B, 3, S, S]; the key view.
+    view, boxes, patches = data.query_views(images[0], shuffle.draws(), args)
+    key_view = data.key_view(shuffle.spread(images[-1]), shuffle.draws(keys=True), args)
+
+    # Unit vectors, float32: query z_i [E, B, D]; teacher c_i[j], without gradient, and student
+    # s_i[j] [E, L, B, D]; the keys z_i+ of all processes.
+    with autocast(view.device, args.amp):
+        z, c, s = model(view, boxes, patches)
+        moving_average(key_encoder, model, args.momentum_encoder)
+        z_plus = shuffle.collect(key_encoder(key_view)[0])
+
+    # Each of E experts has embeddings, and so losses, of its own. M holds written slots alone.
+    own, tau, M, y_M = shuffle.own, args.temperature, queue.keys, queue.labels
+    z, y = with_others(z, own), gather(labels)
+    dscl, pbsd = [], []
+    for e in range(args.experts):
+        dscl.append(dscl_loss(z[e], z_plus[e], y, M[e], y_M, alpha=args.alpha, temperature=tau))
+        if args.pbsd_weight:
+            pbsd.append(pbsd_loss(c[e], s[e], z_plus[e, own], M[e], temperature=tau))
+    queue.put(z_plus, y)  # the backward pass needs M no more: see losses.bank_attention
+    dscl = torch.stack(dscl).mean()
+    if not pbsd:
+        return dict(loss=dscl, dscl=dscl)
+    pbsd = torch.stack(pbsd).mean()
+    return dict(loss=dscl + args.pbsd_weight * pbsd, dscl=dscl, pbsd=pbsd)
 
 
-def add_run_flags(parser):
-    """The flags of a run of either stage."""
-    default = Path("runs") / parser.dataset
-    text = f"directory of all that a run writes (default: {default})"
-    parser.add_argument("--output", type=Path, metavar="DIR", default=default, help=text)
-    parser.flag("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one")
-    text = "auto: the networks in bfloat16 where the device computes in it; losses stay float32"
-    parser.flag("amp", "auto", ("auto", "off"), text)
+def cross_entropy_step(model, key_encoder, queue, images, labels, shuffle, args, log_prior):
+    """The baselines: linear classifiers on the query view alone.
+
+    With the log of the classes' shares added to the logits in training alone: logit adjustment
+    (Menon et al., 2021). log_prior [classes] is 0 for plain cross-entropy.
+    """
+    view, _, _ = data.query_views(images[0], shuffle.draws(), args)
+    with autocast(view.device, args.amp):
+        logits, _, _ = model(view)  # [E, B, classes]
+    losses = [F.cross_entropy(expert + log_prior, labels) for expert in logits]
+    return dict(loss=torch.stack(losses).mean())
+
+
+def learning_rate(step, per_epoch, args):
+    """Linear warm-up, then cosine to 0, per step."""
+    peak = args.lr * args.batch_size / 256
+    warmup, steps = args.warmup_epochs * per_epoch, args.epochs * per_epoch
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 # ------------------------------------------------------------------------------------ processes
@@ -170,65 +179,7 @@ class Shuffle:
         return keys if self.order is None else gather(keys, dim=1)[:, self.order.argsort()]
 
 
-# ------------------------------------------------------------------------------------- the step
-
-
-def dscl_pbsd_step(model, key_encoder, queue, images, labels, shuffle, args):
-    """The method on a batch: its loss, DSCL and, unless lambda is 0, PBSD as a dict.
-
-    images uint8 [2, B, C, H, W] are two crops of each picture or, [1, B, C, H, W], whole pictures
-    of which both views are cut here; labels [B]. The keys go into the queue M. As in the published
-    code the batch is contrast as well; here that of all processes, so that their number changes no
-    loss.
-    """
-    # The query view x_i [B, 3, V, V], its L boxes B_i[j] [L, B, 4] and these as patches
-    # [L, B, 3, S, S]; the key view.
-    view, boxes, patches = data.query_views(images[0], shuffle.draws(), args)
-    key_view = data.key_view(shuffle.spread(images[-1]), shuffle.draws(keys=True), args)
-
-    # Unit vectors, float32: query z_i [E, B, D]; teacher c_i[j], without gradient, and student
-    # s_i[j] [E, L, B, D]; the keys z_i+ of all processes.
-    with autocast(view.device, args.amp):
-        z, c, s = model(view, boxes, patches)
-        moving_average(key_encoder, model, args.momentum_encoder)
-        z_plus = shuffle.collect(key_encoder(key_view)[0])
-
-    # Each of E experts has embeddings, and so losses, of its own. M holds written slots alone.
-    own, tau, M, y_M = shuffle.own, args.temperature, queue.keys, queue.labels
-    z, y = with_others(z, own), gather(labels)
-    dscl, pbsd = [], []
-    for e in range(args.experts):
-        dscl.append(dscl_loss(z[e], z_plus[e], y, M[e], y_M, alpha=args.alpha, temperature=tau))
-        if args.pbsd_weight:
-            pbsd.append(pbsd_loss(c[e], s[e], z_plus[e, own], M[e], temperature=tau))
-    queue.put(z_plus, y)  # the backward pass needs M no more: see losses.bank_attention
-    dscl = torch.stack(dscl).mean()
-    if not pbsd:
-        return dict(loss=dscl, dscl=dscl)
-    pbsd = torch.stack(pbsd).mean()
-    return dict(loss=dscl + args.pbsd_weight * pbsd, dscl=dscl, pbsd=pbsd)
-
-
-def cross_entropy_step(model, key_encoder, queue, images, labels, shuffle, args, log_prior):
-    """The baselines: linear classifiers on the query view alone.
-
-    With the log of the classes' shares added to the logits in training alone: logit adjustment
-    (Menon et al., 2021). log_prior [classes] is 0 for plain cross-entropy.
-    """
-    view, _, _ = data.query_views(images[0], shuffle.draws(), args)
-    with autocast(view.device, args.amp):
-        logits, _, _ = model(view)  # [E, B, classes]
-    losses = [F.cross_entropy(expert + log_prior, labels) for expert in logits]
-    return dict(loss=torch.stack(losses).mean())
-
-
-def learning_rate(step, per_epoch, args):
-    """Linear warm-up, then cosine to 0, per step."""
-    peak = args.lr * args.batch_size / 256
-    warmup, steps = args.warmup_epochs * per_epoch, args.epochs * per_epoch
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+# ---------------------------------------------------------------------------- saving, resuming
 
 
 def check_finite(tensors, step, lr):
@@ -238,9 +189,6 @@ def check_finite(tensors, step, lr):
             f"loss or weights are not finite at step {step}, lr {lr:.3g}: try a smaller --lr in "
             "another --output; the last checkpoint, if any, is good and stays"
         )
-
-
-# ---------------------------------------------------------------------------- saving, resuming
 
 
 def save(path, content):
@@ -315,6 +263,60 @@ def open_log(path, args, step):
     path.parent.mkdir(parents=True, exist_ok=True)
     save(path, "".join(lines) or json.dumps(header) + "\n")
     return open(path, "a", buffering=1)
+
+
+# ---------------------------------------------------------------------------- arguments, main
+
+# Limits or choices, and help, of the flags whose defaults are the recipe's.
+STAGE1 = dict(
+    arch=(ARCHS, "backbone"),
+    pretrained=(None, "what it starts from: a file of torchvision's weights, their name, or none"),
+    experts=((1, 16), "experts, which share the first stages; stage 2 averages their logits"),
+    epochs=((1, 1e6), "passes over the training set"),
+    warmup_epochs=((0, 1e6), "of them, in which the learning rate rises to its peak"),
+    batch_size=((1, 1e6), "pictures a step, over all processes"),
+    lr=((1e-8, 1e3), "peak learning rate for 256 pictures a step; in proportion for others"),
+    weight_decay=((0, 1), "of SGD"),
+    queue_size=((0, 1e7), "keys K in the queue; beyond the training set they are stale copies"),
+    momentum_encoder=((0, 1), "m of the key encoder's moving average"),
+    temperature=((1e-3, 1e3), "tau of both losses; paper: 0.07"),
+    alpha=((0, 1), "DSCL's share of the anchor's own key; paper: 0.1"),
+    pbsd_weight=((0, 1e3), "lambda of PBSD, 0 leaves it out; paper: 1.5"),
+)
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    parser.settings("views", data.VIEWS)
+    parser.settings("stage1", STAGE1)
+    losses = "dscl; scl: the own key weighs as any other positive; ce: cross-entropy, no keys; la: "
+    parser.flag("loss", "dscl", ("dscl", "scl", *CLASSIFIERS), losses + "ce with logit adjustment")
+    add_run_flags(parser)
+    parser.flag("save_minutes", 30.0, (0, 1e6), "between checkpoints, besides one every epoch")
+    args = parser.parse_args()
+    if args.epochs <= args.warmup_epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+    if args.loss == "scl":
+        args.alpha = None  # the share 1 / (|P_i| + 1)
+    if args.loss in CLASSIFIERS:
+        args.queue_size = args.pbsd_weight = 0
+    if not args.pbsd_weight:
+        args.patches = 0
+    view, patch = smallest_sides(args.arch)
+    for flag, side, least in (("view", args.view_size, view), ("patch", args.patch_size, patch)):
+        if side < least and (flag == "view" or args.patches):
+            parser.error(f"--{flag}-size {side}: {args.arch} takes {least} pixels or more")
+    return args
+
+
+def add_run_flags(parser):
+    """The flags of a run of either stage."""
+    default = Path("runs") / parser.dataset
+    text = f"directory of all that a run writes (default: {default})"
+    parser.add_argument("--output", type=Path, metavar="DIR", default=default, help=text)
+    parser.flag("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one")
+    text = "auto: the networks in bfloat16 where the device computes in it; losses stay float32"
+    parser.flag("amp", "auto", ("auto", "off"), text)
 
 
 def main():
