@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import socket
 import sys
 import time
 import zipfile
@@ -440,7 +441,7 @@ def decode(image, reducible=1.0):
     if image.mode[0] in "IF":
         raise ValueError(f"pixels of mode {image.mode}; only 8 bits a channel are understood")
     if reducible >= 2:
-        image.draft("RGB", [math.ceil(side / reducible) for side in image.size])
+        image.draft("RGB", [side // int(reducible) for side in image.size])
     return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -609,17 +610,18 @@ def read_folders(root):
             names = names or folders
             label_of = {name: names.index(name) for name in folders}
             samples = make_dataset(root / split, label_of, IMG_EXTENSIONS, allow_empty=True)
+            samples = [(os.path.relpath(path, root), label) for path, label in samples]
+            samples = [sample for sample in samples if os.sep + "." not in sample[0]]  # hidden
         except (OSError, ValueError):
             raise BadInput(
                 f"{root / split}: pictures belong in {root}/train/<class>/, and in val/ and test/ "
                 "in folders of the same names where there are such"
             ) from None
-        files = sum(len(names) for _, _, names in os.walk(root / split, followlinks=True))
+        files = sum(len(there) for _, _, there in os.walk(root / split, followlinks=True))
         if files > len(samples) and os.environ.get("RANK", "0") == "0":
             text = f"{root / split}: {files - len(samples)} files are left out; pictures are"
             print(text, *IMG_EXTENSIONS, "in class folders", file=sys.stderr)
-        paths = [os.fsencode(os.path.relpath(path, root)) for path, _ in samples]
-        found[split] = paths, [label for _, label in samples]
+        found[split] = [os.fsencode(path) for path, _ in samples], [label for _, label in samples]
     if missing:
         paths, labels = found["train"]
         found |= {split: ([], []) for split in ("train", *missing)}
@@ -872,10 +874,11 @@ def first_to_say(message):
     if run.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     key = "/".join((run["TORCHELASTIC_RESTART_COUNT"], run["GROUP_RANK"], message))
+    host, port = run["MASTER_ADDR"], int(run["MASTER_PORT"])
     try:
-        port, patience = int(run["MASTER_PORT"]), timedelta(seconds=5)
-        return dist.TCPStore(run["MASTER_ADDR"], port, timeout=patience).add(key, 1) == 1
-    except dist.DistError:  # torchrun itself is gone
+        socket.create_connection((host, port), timeout=1).close()  # a store would try for long
+        return dist.TCPStore(host, port, timeout=timedelta(seconds=5)).add(key, 1) == 1
+    except (OSError, dist.DistError):  # torchrun itself is gone
         return True
 
 

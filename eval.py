@@ -204,7 +204,8 @@ def neighbour_accuracy(encoder, train_set, held_out, args, run, device, k=10, te
 
 def summary(runs):
     """Lines of mean and standard deviation of runs, those that differ in seed alone in one."""
-    groups, ignored = {}, train.HARMLESS - {"amp"} | {"seed", "pictures"}
+    names, groups = ("many", "medium", "few", "all"), {}
+    ignored = train.HARMLESS - {"amp"} | {"seed", "pictures"}
     finished = [run for run in runs if (run / "results.json").exists()] or runs
     if len(finished) < len(runs):
         print(f"{len(runs) - len(finished)} of {len(runs)} have no results", file=sys.stderr)
@@ -212,10 +213,11 @@ def summary(runs):
         try:
             results = json.loads((run / "results.json").read_text())
             settings = results["arguments"].items()
+            accuracies = [results[name] for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{run}/results.json cannot be read ({error}): run eval.py") from None
         settings = {n: json.dumps(v) for n, v in settings if n.split()[-1] not in ignored}
-        groups.setdefault(tuple(sorted(settings.items())), []).append(results)
+        groups.setdefault(tuple(sorted(settings.items())), []).append(accuracies)
 
     def mean_and_std(values):
         if None in values:
@@ -223,10 +225,9 @@ def summary(runs):
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.2f}{spread}"
 
-    names = ("many", "medium", "few", "all")
     lines = ["".join(f"{name:>15}" for name in names) + f"{'seeds':>7}"]
     for settings, members in groups.items():
-        line = "".join(f"{mean_and_std([r[name] for r in members]):>15}" for name in names)
+        line = "".join(f"{mean_and_std(values):>15}" for values in zip(*members))
         differ = [f"{n} {v}" for n, v in settings if any(dict(o).get(n) != v for o in groups)]
         lines.append(f"{line}{len(members):>7}  {', '.join(differ)}")
     return "\n".join(lines)

@@ -130,7 +130,7 @@ BLOCK = {"cpu": 2**18}
 class _BankAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, bank):
-        rows = min(len(query), 512)
+        rows = min(512, max(1, len(query)))
         columns = BLOCK.get(query.device.type, 2**25) // rows
         blocks = []
         for block in query.split(rows):

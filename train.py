@@ -358,9 +358,11 @@ def main():
     loader = load_batches(train_set, batches, args, crops, args.workers, device)
     per_epoch, steps = batches.per_epoch, args.epochs * batches.per_epoch
     model = encoder
-    if world > 1:  # BatchNorm's buffers stay each process's own: training does not read them
-        options = dict(gradient_as_bucket_view=True, static_graph=True)
-        model = DistributedDataParallel(encoder, broadcast_buffers=False, **options)
+    if world > 1:
+        model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
+        # BatchNorm's stay each process's own: training does not read them. The argument of this
+        # name warns since torch 2.14.
+        model.broadcast_buffers = False
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
         print(

@@ -198,14 +198,15 @@ def test_folders_of_your_own_are_taken_as_they_are(tmp_path):
 
 
 def test_files_that_are_no_pictures_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys):
-    folders(tmp_path, train={"ant": 9, "bee": 9, ".cache": 2}, val=dict(ant=1, bee=1))
-    for name in ("ant/a.gif", "ant/b.heic", "loose.png"):
+    hidden = {".cache": 2, "ant/.ipynb_checkpoints": 1}
+    folders(tmp_path, train={"ant": 9, "bee": 9} | hidden, val=dict(ant=1, bee=1))
+    for name in ("ant/a.gif", "ant/b.heic", "bee/._1.png", "loose.png"):
         (tmp_path / "train" / name).write_bytes(b"")
     sets = load_dataset("small_imagefolder", tmp_path)
     assert sets["train"].names == ["ant", "bee"]
     assert sum(len(sets[split]) for split in ("train", "test")) == 18
     said = capsys.readouterr().err
-    assert said.startswith(f"{tmp_path}/train: 5 files are left out; ") and said.count("\n") == 1
+    assert said.startswith(f"{tmp_path}/train: 7 files are left out; ") and said.count("\n") == 1
 
 
 def test_what_folders_lack_is_held_out_of_train(tmp_path):

@@ -35,7 +35,8 @@ def test_an_exported_network_classifies_every_picture_as_stage_2_did(
             (tmp_path / split / name).mkdir(parents=True)
             for number in range(count):
                 pixels = random.integers(0, 255, (6, 7, 3), dtype=np.uint8)
-                picture = Image.fromarray(pixels).resize((40 + 60 * (number % 2), 90))
+                width, height = ((40, 90), (100, 90), (74, 111), (74, 98))[number % 4]
+                picture = Image.fromarray(pixels).resize((width, height))
                 picture.save(tmp_path / split / name / f"{number}.{'jpg' if number % 3 else 'png'}")
     monkeypatch.chdir(tmp_path)
     options = "--dataset imagefolder --data-root . --arch resnet18 --view-size 33 --patch-size 17"
