@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import benchmark
@@ -302,6 +303,29 @@ def test_two_processes_go_on_where_one_stopped_and_torchrun_brings_a_dead_one_ba
     assert process.returncode == 0, said
     assert said.count("from step") == 2 and checkpoint(tmp_path)["step"] == 18
     assert [record["step"] for record in records(tmp_path)[1]] == [9, *range(10, 19)]
+
+
+def test_nothing_keeps_the_loaded_checkpoint_alive(
+    trained, small_root, tmp_path, call, monkeypatch
+):
+    content, loaded, rates = checkpoint(trained[0]), [], []
+    torch.save(content | dict(step=9), tmp_path / "checkpoint.pth")  # of 18
+
+    def load(*arguments, keep=train.load):
+        saved = keep(*arguments)
+        parts = [*saved["encoder"].values(), saved["queue"]["key_slots"]]
+        loaded.extend(map(weakref.ref, parts))
+        return saved
+
+    def learning_rate(*arguments, keep=train.learning_rate):
+        assert loaded and all(tensor() is None for tensor in loaded)
+        rates.append(keep(*arguments))
+        return rates[-1]
+
+    monkeypatch.setattr(train, "load", load)
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    call(train, *TINY, "--data-root", small_root, "--output", tmp_path)
+    assert len(rates) == 9
 
 
 def test_stage_2_goes_on_from_its_last_epoch(trained, tmp_path, call, monkeypatch):
