@@ -37,6 +37,11 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 from torchvision.utils import draw_bounding_boxes, save_image
 
+try:  # the same pixels as Pillow's, 1.4 times as fast; torchvision means to drop it
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
 HERE = Path(__file__).resolve().parent
 DEFAULT = "fashion_mnist_lt"
 RATIO = (3 / 4, 4 / 3)  # of the sides of all crops
@@ -442,6 +447,10 @@ def decode(image, reducible=1.0):
         raise ValueError(f"pixels of mode {image.mode}; only 8 bits a channel are understood")
     if reducible >= 2:
         image.draft("RGB", [side // int(reducible) for side in image.size])
+    elif decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
+        image.fp.seek(0)
+        content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+        return decode_jpeg(content, ImageReadMode.RGB)
     return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -863,7 +872,7 @@ def run(main):
             raise
         reason = str(error).splitlines()[0]
         code, message = 1, f"the connection to another process failed ({reason}); {again}"
-    if first_to_say(message):
+    if code == 1 or first_to_say(message):  # torchrun is about to end this process as well
         print(f"{CLEAR}{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -50,3 +50,7 @@ def states_equal(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(states_equal, a, b))
     return a == b
+
+
+def pytest_configure(config):  # data.py does without where torchvision has dropped it
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding:DeprecationWarning")

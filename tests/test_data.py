@@ -18,6 +18,7 @@ from conftest import TREE_COUNTS
 from PIL import Image
 from torch.testing import assert_close
 from torchvision import transforms
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data
 import eval as stage2
@@ -274,6 +275,14 @@ def test_pictures_of_every_kind_become_rgb(mode, tmp_path):
     tolerance = {"1": 255, "P": 51, "L": 8, "CMYK": 12}  # dither, palette, JPEG
     assert (image.int() - torch.tensor(pixels)).abs().max() <= tolerance.get(mode, 0)
     assert image.max() > 150 and image.min() < 60
+
+
+def test_a_jpeg_has_the_pixels_of_pillow(tmp_path):
+    pixels = photograph(np.random.default_rng(0), 90, 60)
+    for options in (dict(quality=90), dict(quality=60, progressive=True), dict(subsampling=0)):
+        Image.fromarray(pixels).save(tmp_path / "a.jpg", **options)
+        with Image.open(tmp_path / "a.jpg") as image:
+            assert_close(read(tmp_path / "a.jpg"), pil_to_tensor(image), atol=1, rtol=0)
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path, imagenet_tree):
