@@ -398,6 +398,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_root, tmp_path, call)
                     train.save(tmp_path / "checkpoint.pth", checkpoint(tmp_path))
                 else:
                     call(stage2, *arguments, "--epochs", 1)
+            with pytest.raises(BadInput, match="whole.pth cannot be written"):
+                stage2.export(tmp_path / "whole.pth", Encoder("resnet_small", classes=10), None, [])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (tmp_path / "checkpoint.pth").read_bytes() == good
@@ -670,6 +672,8 @@ def fails(capsys, monkeypatch, stage, *arguments):
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
         (["--epochs", "1"], "--warmup-epochs 5 must be below --epochs 1"),
         (["--seed", "1" + 23 * "0"], "--seed: must be from 0 to"),
+        (["--experts", "99999"], "--experts: must be from 1 to 16, got 99999"),
+        (["--queue-size", "100000000000"], "--queue-size: must be from 0 to 1e+07"),
         (["--patch-scale", "0.6", "0.05"], "--patch-scale: the smallest comes first"),
         (["--batch-size", "5000"], "--batch-size 5000 must divide among 1 processes and be at"),
         (["--loss", "triplet"], "--loss: invalid choice"),
