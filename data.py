@@ -177,6 +177,7 @@ class BadInput(Exception):
 
 # ----------------------------------------------------------------------------- views and patches
 
+
 @lru_cache
 def constant(values, device):
     """A tensor of a tuple of numbers, made once: each copy to a GPU would wait for it."""
@@ -627,8 +628,8 @@ def read_folders(root):
                 "in folders of the same names where there are such"
             ) from None
         files = sum(len(there) for _, _, there in os.walk(root / split, followlinks=True))
-        if files > len(samples) and os.environ.get("RANK", "0") == "0":
-            text = f"{root / split}: {files - len(samples)} files are left out; pictures are"
+        text = f"{root / split}: {files - len(samples)} files are left out; pictures are"
+        if files > len(samples) and first_to_say(text):
             print(text, *IMG_EXTENSIONS, "in class folders", file=sys.stderr)
         found[split] = [os.fsencode(path) for path, _ in samples], [label for _, label in samples]
     if missing:

@@ -20,6 +20,7 @@ import os
 import statistics
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -278,6 +279,7 @@ def draw_accuracy(path, results, names):
     picture.save(path)
 
 
+@cache
 def load_font():
     """The installed font with the most letters; Pillow's own, the last, has none beyond ASCII."""
     for name in ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf"):

@@ -360,8 +360,8 @@ def main():
     model = encoder
     if world > 1:
         model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
-        # BatchNorm's stay each process's own: training does not read them. The argument of this
-        # name warns since torch 2.14.
+        # BatchNorm's buffers stay each process's own: training does not read them. The argument of
+        # this name warns since torch 2.14.
         model.broadcast_buffers = False
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)

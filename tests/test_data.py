@@ -29,7 +29,7 @@ COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
 SHIPPED = load_dataset("fashion_mnist_lt")
 
 
-def views_of(name, **changes):
+def small_recipe(name, **changes):
     """The views of a data set's recipe, small."""
     return recipe_of(name, "views", **dict(view_size=20, patch_size=8) | changes)
 
@@ -298,7 +298,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, imagenet_tree):
 
 def test_files_are_cut_as_torchvision_cuts_them(imagenet_tree):
     train = load_dataset("imagenet_lt", imagenet_tree)["train"]
-    views = train.views([3, 30, 44], [7, 8, 9], views_of("imagenet_lt", view_size=32), 2)
+    views = train.views([3, 30, 44], [7, 8, 9], small_recipe("imagenet_lt", view_size=32), 2)
     assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8
     cut = transforms.v2.RandomResizedCrop(32, scale=(0.08, 1.0), antialias=True)
     for column, (index, seed) in enumerate([(3, 7), (30, 8), (44, 9)]):
@@ -306,7 +306,7 @@ def test_files_are_cut_as_torchvision_cuts_them(imagenet_tree):
         for view in range(2):
             assert torch.equal(views[view, column], cut(read(train.path(index))))
     for size, shorter in ((224, 256), (28, 32)):  # evaluation
-        whole = train.views([3], [None], views_of("imagenet_lt", view_size=size), 0)
+        whole = train.views([3], [None], small_recipe("imagenet_lt", view_size=size), 0)
         resized = transforms.v2.Resize(shorter, antialias=True)(read(train.path(3)))
         assert torch.equal(whole[0, 0], transforms.v2.CenterCrop(size)(resized))
 
@@ -318,7 +318,7 @@ def test_a_reduced_decode_gives_the_same_view(crops, widths, tmp_path, monkeypat
     pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, 800), np.linspace(0, 255, 600)[:, None]
     Image.fromarray(pixels).save(tmp_path / "0.jpg", quality=95, subsampling=0)
     pictures = data.ImageFiles(tmp_path, [b"0.jpg"], [0], "made")
-    call = [0] * 20, range(20), views_of("imagenet_lt", view_size=48), crops
+    call = [0] * 20, range(20), small_recipe("imagenet_lt", view_size=48), crops
     reduced, whole, seen = pictures.views(*call).float(), data.decode, set()
 
     def decode(image, reducible):
@@ -337,7 +337,7 @@ def test_a_reduced_decode_gives_the_same_view(crops, widths, tmp_path, monkeypat
 def test_batches_have_memory_of_their_own_as_pinning_demands(imagenet_tree):
     for pictures in (SHIPPED["train"], load_dataset("imagenet_lt", imagenet_tree)["train"]):
         for crops in (0, 1, 2):
-            views = pictures.views([0, 1], [5, 6], views_of("imagenet_lt"), crops)
+            views = pictures.views([0, 1], [5, 6], small_recipe("imagenet_lt"), crops)
             assert all(views.stride()) and views.numel() == views.untyped_storage().nbytes()
 
 
@@ -436,7 +436,7 @@ def test_colours_are_distributed_as_torchvisions(tint, tolerance):
         return torch.stack([x.mean((0, 2, 3)), x.std((0, 2, 3)), x.mean((2, 3)).std(0)])
 
     torch.manual_seed(0)
-    recipe = views_of("imagenet_lt")
+    recipe = small_recipe("imagenet_lt")
     jitter, jitter_p, grey_p = recipe.query_jitter, recipe.query_jitter_p, recipe.grey_p
     image = photograph(np.random.default_rng(0), 48, 48) / 255 * tint
     images = torch.tensor(image).permute(2, 0, 1).float().expand(1000, -1, -1, -1)
@@ -459,7 +459,7 @@ def test_blur_is_torchvisions_gaussian_and_leaves_the_rest():
 
 def test_patches_are_the_boxes_of_the_query_view_before_its_colours():
     images = SHIPPED["train"].images[::100]
-    recipe = views_of("fashion_mnist_lt", query_jitter=(0,) * 4, grey_p=0.0, patches=5)
+    recipe = small_recipe("fashion_mnist_lt", query_jitter=(0,) * 4, grey_p=0.0, patches=5)
     query, boxes, patches = query_views(images, drawn(25), recipe)
     assert query.shape == (25, 3, 20, 20) and boxes.shape == (5, 25, 4)
     assert patches.shape == (5, 25, 3, 8, 8)
@@ -470,16 +470,17 @@ def test_patches_are_the_boxes_of_the_query_view_before_its_colours():
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1) / 20**2
     assert 0.0499 <= area.min() and area.max() <= 0.6001
     flat = torch.full((9, 1, 28, 28), 128).byte()  # each patch gets colour changes of its own
-    _, _, patches = query_views(flat, drawn(9), views_of("fashion_mnist_lt", query_jitter_p=1.0))
+    jittered = small_recipe("fashion_mnist_lt", query_jitter_p=1.0)
+    _, _, patches = query_views(flat, drawn(9), jittered)
     assert ((patches[0] - patches[1]).abs().amax((1, 2, 3)) > 0.01).float().mean() > 0.5
 
 
 def test_each_view_is_changed_as_its_recipe_says_and_standardised():
-    whole = data.evaluation_view(SHIPPED["train"].images[None], views_of("fashion_mnist_lt"))
+    whole = data.evaluation_view(SHIPPED["train"].images[None], small_recipe("fashion_mnist_lt"))
     assert whole.mean().abs() < 0.1 and (whole.std() - 1).abs() < 0.1
     red = torch.tensor([200, 20, 40]).byte().view(1, 3, 1, 1).expand(9, 3, 20, 20)
     still = dict(query_jitter_p=0.0, key_jitter=(0,) * 4, patches=0)
-    recipe = views_of("cifar10_lt", grey_p=1.0, **still)
+    recipe = small_recipe("cifar10_lt", grey_p=1.0, **still)
     mean, std = data.recipe_colors(recipe, "cpu")
     view, boxes, patches = query_views(red, drawn(9), recipe)
     assert boxes is None and patches is None
@@ -492,7 +493,7 @@ def test_each_view_is_changed_as_its_recipe_says_and_standardised():
 @pytest.mark.parametrize("dataset", ["fashion_mnist_lt", "imagenet_lt"])
 def test_a_process_sees_the_views_that_one_process_would_make_of_its_pictures(dataset, rows):
     def views(rows=slice(None), seed=0):
-        of = images[rows], drawn(24, rows, seed), views_of(dataset, patches=3)
+        of = images[rows], drawn(24, rows, seed), small_recipe(dataset, patches=3)
         query, boxes, patches = query_views(*of)
         return query, boxes.transpose(0, 1), patches.transpose(0, 1), data.key_view(*of)
 
@@ -508,7 +509,7 @@ def test_the_sheet_of_views_shows_what_the_networks_see(tmp_path):
     images = torch.stack([ramp, ramp.T, torch.full_like(ramp, 90)]).expand(8, 3, 32, 32)
     still = dict(query_jitter_p=0.0, grey_p=0.0, key_jitter=(0,) * 4, view_size=32, seed=5)
     pictures = data.Pictures(images, torch.zeros(8).long(), "made")
-    data.draw_views(tmp_path / "views", pictures, views_of("cifar10_lt", **still))
+    data.draw_views(tmp_path / "views", pictures, small_recipe("cifar10_lt", **still))
     sheet = read(tmp_path / "views").float()
     assert sheet.shape == (3, 6 * 130 + 2, 5 * 130 + 2)
     cells = sheet[:, 2:, 2:].unfold(1, 128, 130).unfold(2, 128, 130).permute(1, 2, 0, 3, 4)
