@@ -89,6 +89,13 @@ SMALL = row(
     stage2=dict(epochs=20, batch_size=256, weight_decay=5e-4, augment=False, bn="eval"),
 )
 
+# 32 x 32; imbalance: the largest class over the smallest. The paper has no CIFAR: this is ours,
+# chosen on held-out training pictures of CIFAR-100-LT, and not again for CIFAR-10-LT.
+CIFAR = row(
+    SMALL, source="cifar", imbalance=100.0,
+    stage1=dict(queue_size=4096, pbsd_weight=1.0), stage2=dict(weight_decay=1e-4),
+)
+
 DATASETS = {
     # 28 x 28 grey, 1000 to 10 pictures a class; a recipe for minutes on two CPU cores.
     "fashion_mnist_lt": row(
@@ -101,14 +108,12 @@ DATASETS = {
         ),
         stage1=dict(epochs=120, queue_size=256),
     ),
-    # 32 x 32; imbalance: the largest class over the smallest. The paper has no CIFAR: all is ours,
-    # carried over and not tuned.
     "cifar10_lt": row(
-        SMALL, source="cifar", files=CIFAR10, imbalance=100.0,
+        CIFAR, files=CIFAR10,
         views=dict(mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262)),
     ),
     "cifar100_lt": row(
-        SMALL, source="cifar", files=CIFAR100, imbalance=100.0,
+        CIFAR, files=CIFAR100,
         views=dict(mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276)),
     ),
     "imagenet_lt": row(

@@ -43,7 +43,7 @@ def test_backbones_end_in_their_last_map_and_the_large_start_with_silent_blocks(
     assert all(norm.weight.eq(0).all() for norm in norms) == (channels >= 512)
 
 
-@pytest.mark.parametrize("arch", ["resnet_small", "resnet32", "resnet18"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_the_smallest_view_ends_in_four_cells_and_no_stride_meets_one_pixel_of_a_patch(arch):
     view, patch = smallest_sides(arch)
     backbone, before = build_backbone(arch)[0].eval(), []
