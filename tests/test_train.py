@@ -521,10 +521,9 @@ def test_a_picture_that_cannot_be_read_ends_both_stages_with_its_name(
 ):
     root = tmp_path / "data"
     shutil.copytree(imagenet_tree, root)
-    options = [*FILES, "--arch", "resnet18", "--data-root", root, "--epochs", 2]
-    of_stage1 = [*options, "--output", tmp_path / "run"]
-    of_stage2 = ["--output", tmp_path / "run", "--workers", 1, "--epochs", 2]
-    for stage, arguments, name in ((train, of_stage1, "train_7"), (stage2, of_stage2, "val_1")):
+    options = ["--output", tmp_path / "run", "--epochs", 2, "--workers", processes - 1]
+    of_stage1 = [*FILES, "--arch", "resnet18", "--data-root", root, *options]
+    for stage, arguments, name in ((train, of_stage1, "train_7"), (stage2, options, "val_1")):
         broken = root / "train" / "n00000001" / f"{name}.JPEG"
         whole = broken.read_bytes()
         broken.write_bytes(b"no picture")
