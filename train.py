@@ -43,8 +43,7 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, shuffle, args):
 
     images uint8 [2, B, C, H, W] are two crops of each picture or, [1, B, C, H, W], whole pictures
     of which both views are cut here; labels [B]. The keys go into the queue M. As in the published
-    code the batch is contrast as well; here that of all processes, so that their number changes no
-    loss.
+    code the batch is contrast as well; here that of all processes, however many they are.
     """
     # The query view x_i [B, 3, V, V], its L boxes B_i[j] [L, B, 4] and these as patches
     # [L, B, 3, S, S]; the key view.
@@ -58,7 +57,8 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, shuffle, args):
         moving_average(key_encoder, model, args.momentum_encoder)
         z_plus = shuffle.collect(key_encoder(key_view)[0])
 
-    # Each of E experts has embeddings, and so losses, of its own. M holds written slots alone.
+    # Each of E experts has embeddings, and so losses, of its own. z, z+ and y are of the same
+    # pictures, row by row, those of all processes. M holds written slots alone.
     own, tau, M, y_M = shuffle.own, args.temperature, queue.keys, queue.labels
     z, y = with_others(z, own), gather(labels)
     dscl, pbsd = [], []
