@@ -136,35 +136,16 @@ def test_dscl_is_its_equation_written_as_loops(alpha, bank):
     ours = dscl_of(b, alpha=alpha, temperature=0.2)
     loops = loop_dscl(b, alpha, 0.2)
     close(ours, loops, 1e-12)
-    close(
-        torch.autograd.grad(ours, b["query"])[0], torch.autograd.grad(loops, b["query"])[0], 1e-12
-    )
+    close(*(torch.autograd.grad(loss, b["query"])[0] for loss in (ours, loops)), 1e-12)
 
 
 @pytest.mark.parametrize("bank", [0, 1, 20])
 def test_pbsd_is_its_equation_written_as_loops(bank):
     b = batch(bank=bank)
     ours, loops = pbsd_of(b, temperature=0.2), loop_pbsd(b, 0.2)
-    if bank == 0:  # the own key alone: nothing to distil
-        assert ours.abs() < 1e-12
-        return
-    close(ours, loops, 1e-12)
-    close(
-        torch.autograd.grad(ours, b["patch"])[0], torch.autograd.grad(loops, b["patch"])[0], 1e-10
-    )
-
-
-def test_gradients_pass_gradcheck():
-    b = batch()
-    assert torch.autograd.gradcheck(
-        lambda query: dscl_of(b | {"query": query}, temperature=0.5), b["query"]
-    )
-    assert torch.autograd.gradcheck(
-        lambda patch: pbsd_of(b | {"patch": patch}, temperature=0.5), b["patch"]
-    )
-    assert torch.autograd.gradcheck(
-        lambda query: bank_attention(query, b["queue"], temperature=0.5)[0], b["query"]
-    )
+    torch.testing.assert_close(ours, loops, rtol=1e-12, atol=1e-12)  # 0 by the own key alone
+    of_ours, of_loops = (torch.autograd.grad(loss, b["patch"])[0] for loss in (ours, loops))
+    torch.testing.assert_close(of_ours, of_loops, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("loss", [dscl_of, pbsd_of])
@@ -245,12 +226,10 @@ def test_gradient_share_of_the_own_key_is_fixed_by_alpha_and_shrinks_under_scl(m
 @pytest.mark.parametrize("alpha", [0.1, 0.3, None])
 def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
     # Three anchors of classes with 1, 4 and 12 mates in the queue, every embedding free to move.
-    sizes = (1, 4, 12)
-    labels = torch.arange(3)
+    sizes, labels = (1, 4, 12), torch.arange(3)
     queue_labels = labels.repeat_interleave(torch.tensor(sizes))
-    dim, temperature = 40, 0.07
-    contrast = torch.eye(dim, dtype=torch.float64)[: 3 + sum(sizes)]
-    free = unit(3, dim).requires_grad_()
+    contrast = torch.eye(40, dtype=torch.float64)[: 3 + sum(sizes)]
+    free = unit(3, 40).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [free], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
     )
@@ -258,27 +237,17 @@ def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
     def closure():
         optimizer.zero_grad()
         query = F.normalize(free, dim=1)
-        loss = dscl_loss(
-            query,
-            contrast[:3],
-            labels,
-            contrast[3:],
-            queue_labels,
-            alpha=alpha,
-            temperature=temperature,
-        )
+        loss = dscl_loss(query, contrast[:3], labels, contrast[3:], queue_labels, alpha=alpha)
         loss.backward()
         return loss
 
     optimizer.step(closure)
     query = F.normalize(free.detach(), dim=1)
-    everything = torch.cat([query, contrast])
-    logits = query @ everything.T / temperature
+    logits = query @ torch.cat([query, contrast]).T / 0.07  # the default temperature
     logits[:, :3].fill_diagonal_(-math.inf)
     own = logits.softmax(1)[:, 3:6].diagonal()
-    for i, size in enumerate(sizes):
-        expected = 1 / (size + 1) if alpha is None else alpha
-        assert own[i].item() == pytest.approx(expected, rel=0.02)
+    expected = [1 / (size + 1) if alpha is None else alpha for size in sizes]
+    assert own.tolist() == pytest.approx(expected, rel=0.02)
 
 
 def test_theory_counts_the_contrast_set_that_the_loss_has():

@@ -23,11 +23,8 @@ from models import (
     [
         ("resnet_small", 32, 128, 4),
         ("resnet20", 32, 64, 4),
-        ("resnet32", 32, 64, 4),
         ("resnet18", 64, 512, 32),
         ("resnet50", 64, 2048, 32),
-        ("resnext50_32x4d", 64, 2048, 32),
-        ("resnet152", 64, 2048, 32),
     ],
 )
 def test_backbones_end_in_their_last_map_and_the_large_start_with_silent_blocks(
@@ -99,29 +96,21 @@ def test_embeddings_of_views_regions_and_patches_are_float32_unit_vectors_of_eve
     assert z.requires_grad and s.requires_grad and not c.requires_grad  # the teacher is constant
 
 
-def test_experts_share_the_first_stages_and_have_the_rest_of_their_own():
+def test_experts_share_the_first_stages_and_all_patches_go_through_them_at_once():
     three, alone = Encoder("resnet_small", experts=3).eval(), Encoder("resnet_small").eval()
     view, patches = torch.randn(4, 3, 28, 28), torch.randn(2, 4, 3, 12, 12)
-    boxes, calls = torch.tensor([2.0, 2.0, 20.0, 20.0]).expand(2, 4, 4), []
-    three.shared.register_forward_hook(lambda *inputs: calls.append(None))
+    boxes, sizes = torch.tensor([2.0, 2.0, 20.0, 20.0]).expand(2, 4, 4), []
+    three.shared.register_forward_hook(lambda module, given, out: sizes.append(len(given[0])))
     together = three(view, boxes, patches)
-    assert len(calls) == 2  # views, and all patches
+    assert sizes == [4, 8]  # views, then patches
+    for j in range(2):  # which keep their places
+        torch.testing.assert_close(three(patches[j])[0], together[2][:, j])
     alone.shared.load_state_dict(three.shared.state_dict())
     for number in range(3):
         alone.branches[0].load_state_dict(three.branches[number].state_dict())
         alone.heads[0].load_state_dict(three.heads[number].state_dict())
         for own, mean in zip(alone(view, boxes, patches), together):
             torch.testing.assert_close(own[0], mean[number])
-
-
-def test_all_patches_go_through_the_backbone_in_one_pass_and_keep_their_places():
-    encoder, sizes = Encoder("resnet_small").eval(), []
-    encoder.shared.register_forward_hook(lambda module, given, out: sizes.append(len(given[0])))
-    view, patches = torch.randn(4, 3, 28, 28), torch.randn(5, 4, 3, 12, 12)
-    _, _, together = encoder(view, torch.ones(5, 4, 4), patches)
-    assert sizes == [4, 20]
-    for j in range(5):
-        torch.testing.assert_close(encoder(patches[j])[0], together[:, j])
 
 
 def test_patches_leave_the_running_statistics_alone_and_still_use_the_batch():
@@ -159,9 +148,7 @@ def test_the_moving_average_is_of_parameters_alone():
     moving_average(keys, encoder, 0.9)
     for key, old, new in zip(keys.parameters(), before, encoder.parameters()):
         torch.testing.assert_close(key, 0.9 * old + 0.1 * new)
-        assert not key.requires_grad
     assert keys.shared.bn1.num_batches_tracked == 0
-    assert not keys(torch.randn(8, 3, 28, 28))[0].requires_grad
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 8, 100])
@@ -177,14 +164,9 @@ def test_queue_holds_the_last_keys_for_any_size_and_any_batch(size):
         assert torch.equal(queue.labels, queue.keys[0, :, 0].long() + 1000)
 
 
-def test_queue_goes_on_after_its_state_dict_is_loaded():
-    queue, copy, half = (Queue(5, dim=2) for _ in range(3))
-    queue.put(torch.randn(1, 7, 2), torch.arange(7))
-    copy.load_state_dict(queue.state_dict())
-    for q in (queue, copy):
-        q.put(torch.ones(1, 2, 2), torch.tensor([70, 71]))
-    assert torch.equal(queue.keys, copy.keys) and torch.equal(queue.labels, copy.labels)
-    assert sorted(copy.labels.tolist()) == [4, 5, 6, 70, 71]
+def test_a_queue_is_as_full_as_the_state_dict_that_it_loads():
+    full, half = Queue(5, dim=2), Queue(5, dim=2)
+    full.put(torch.randn(1, 7, 2), torch.arange(7))
     half.put(torch.randn(1, 2, 2), torch.arange(2))
-    copy.load_state_dict(half.state_dict())
-    assert copy.keys.shape == (1, 2, 2)
+    full.load_state_dict(half.state_dict())
+    assert torch.equal(full.keys, half.keys) and full.keys.shape == (1, 2, 2)
