@@ -11,11 +11,11 @@ logits; memory is what a step adds at its peak, in a process of its own.
 
 import argparse
 import copy
+import multiprocessing
 import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from functools import partial
@@ -115,31 +115,22 @@ def resident(field):
     return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) / 2**10
 
 
-def peak(args):
-    """The command that compare() runs for each side."""
-    print(peak_megabytes(partial(maker(*args.what), args.device), args.device))
-
-
-def maker(side, recipe=None):
-    """make(device) of a side of a recipe's step or else of the losses: a step, and a small one."""
-    return partial(step_of, side, settings_of(recipe)) if recipe else partial(losses_of, side)
-
-
-def compare(args, sides, *recipe):
-    """Print a table of the sides; what a step of each returns."""
+def compare(args, makes):
+    """Print a table of the sides, {name: make(device) of peak_megabytes}; what a step gives."""
     memory = {}
-    for side in sides:
-        command = [sys.executable, __file__, "peak", side, *recipe, "--device", args.device]
-        memory[side] = float(subprocess.check_output(command))
-    steps = {side: maker(side, *recipe)(args.device)[0] for side in sides}
+    for side, make in makes.items():
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            memory[side] = process.apply(peak_megabytes, (partial(make, args.device), args.device))
+    steps = {side: make(args.device)[0] for side, make in makes.items()}
     seconds, results = in_turn(steps, args), {}
-    rows = [["", "seconds", "speed", "launches", "memory"] + ["over its floor"] * len(recipe)]
+    first, floored = next(iter(seconds.values())), "floor" in seconds
+    rows = [["", "seconds", "speed", "launches", "memory"] + ["over its floor"] * floored]
     for side, own in seconds.items():
         with Launches() as launches, mock.patch.dict(BLOCK, clear=True):
             results[side] = steps[side]()
-        rows.append([side, spread(own, 4), ratio(seconds[sides[0]], own)])
+        rows.append([side, spread(own, 4), ratio(first, own)])
         rows[-1] += [f"{launches.count:,}", f"{memory[side]:.0f} MB"]
-        if recipe:
+        if floored:
             rows[-1] += [ratio(own, seconds["floor, bf16" if "bf16" in side else "floor"])]
     show(rows)
     return results
@@ -205,7 +196,7 @@ def losses(args):
     sizes = f"B = {BATCH}, K = {QUEUE}, D = {DIM}, L = {PATCHES}"
     print(f"DSCL + PBSD, forward and backward, float32: {sizes}")
     print(f"{args.rounds} rounds; {machine(args.device)}\n")
-    results = compare(args, list(LOSSES)).values()
+    results = compare(args, {side: partial(losses_of, side) for side in LOSSES}).values()
     names = "DSCL", "PBSD", "gradient at query", "gradient at patch"
     for name, dense, ours in zip(names, *results):
         difference = ((dense - ours).abs().max() / dense.abs().max()).item()
@@ -351,7 +342,7 @@ def step(args):
             f"\n{name}: {settings.arch}, {settings.view_size} pixels, {settings.patches} patches "
             f"of {settings.patch_size}, batch {settings.batch_size}, K = {settings.queue_size}"
         )
-        compare(args, sides, name)
+        compare(args, {side: partial(step_of, side, settings) for side in sides})
 
 
 # -------------------------------------------------------------------------------------- input
@@ -441,9 +432,8 @@ def input_pipeline(args):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = dict(losses=losses, step=step, input=input_pipeline, peak=peak)
-    parser.add_argument("command", choices=commands, metavar="losses, step or input")
-    parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)  # of peak
+    commands = dict(losses=losses, step=step, input=input_pipeline)
+    parser.add_argument("command", choices=commands)
     text = "of losses and step (default: cpu)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
     text, names = "of step (default: all)", list(RECIPES)
@@ -456,8 +446,6 @@ def main():
         kind, text = number(int, least, 1e6), f"{text} (default: {default})"
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)
     args = parser.parse_args()
-    if bool(args.what) != (args.command == "peak"):
-        parser.error("one command at a time")
     commands[args.command](args)
 
 

@@ -17,35 +17,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from conftest import records, states_equal
-
-HERE = Path(__file__).resolve().parent.parent
+from conftest import LAUNCH, begin, checkpoint, records, states_equal
 
 
 def start(output, epochs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["train.py", "--epochs", str(epochs), "--save-minutes", "0.005", "--output", output]
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=HERE,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    command = [*LAUNCH, "train.py", "--epochs", epochs, "--save-minutes", 0.005, "--output", output]
+    return begin(*command, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def steps_done(output):
     """The step of the last checkpoint; reading it also shows that it is whole."""
-    path = output / "checkpoint.pth"
-    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
-
-
-def result(output):
-    """The log, and the state without what names the run."""
-    state = torch.load(output / "checkpoint.pth", weights_only=True)
-    state.pop("args")
-    return records(output)[1], state
+    return checkpoint(output)["step"] if (output / "checkpoint.pth").exists() else 0
 
 
 def main():
@@ -78,7 +60,8 @@ def main():
                 sys.exit("steps were lost that a checkpoint had")
         if start(disturbed, args.epochs).wait() != 0:
             sys.exit("the last run failed")
-        same = states_equal(result(calm), result(disturbed))
+        ends = [(records(output)[1], checkpoint(output)) for output in (calm, disturbed)]
+        same = states_equal(*ends)
         print(f"{args.kills} kills: {'nothing was lost' if same else 'THE RESULTS DIFFER'}")
         sys.exit(not same)
 

@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
 
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TREE_COUNTS = {"train": [24, 12, 6, 3], "val": [2] * 4, "test": [3] * 4}
 
 
@@ -30,6 +35,42 @@ def imagenet_tree(tmp_path_factory):
                 lines.append(f"{path.relative_to(root)} {label}\n")
         (root / f"ImageNet_LT_{split}.txt").write_text("".join(lines))
     return root
+
+
+def folders(root, **splits):
+    """Writes pictures as splits, {class: number}, say; returns root."""
+    for split, counts in splits.items():
+        for name, count in counts.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (9, 8)).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a stage in this process, which saves the seconds of its imports: what it printed."""
+
+    def run(stage, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, arguments)])
+        stage.main()
+        return capsys.readouterr()
+
+    return run
+
+
+def begin(*arguments, **options):
+    """Start Python in the project's directory."""
+    options = dict(cwd=HERE, env=ONE_THREAD, stderr=subprocess.PIPE) | options
+    return subprocess.Popen([sys.executable, *map(str, arguments)], **options)
+
+
+def checkpoint(output):
+    """That of stage 1, without the settings that may differ between equal runs."""
+    content = torch.load(output / "checkpoint.pth", weights_only=True)
+    for name in ("output", "save_minutes"):
+        content["args"].pop(name, None)
+    return content
 
 
 def records(output):

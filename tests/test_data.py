@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from benchmark import recipe_of
-from conftest import TREE_COUNTS
+from conftest import TREE_COUNTS, folders
 from PIL import Image
 from torch.testing import assert_close
 from torchvision import transforms
@@ -173,16 +173,6 @@ def test_inaturalists_own_annotations_do_as_well_as_an_index(tmp_path):
     for broken in ("{", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}', *wrong):
         (tmp_path / "val2018.json").write_text(broken)
         refused("val2018.json(:2: 'val1.jpg (-1|7)')? is not", "inaturalist18", tmp_path)
-
-
-def folders(root, **splits):
-    """Writes pictures as splits, {class: number}, say; returns root."""
-    for split, counts in splits.items():
-        for name, count in counts.items():
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                Image.new("RGB", (9, 8)).save(root / split / name / f"{number}.png")
-    return root
 
 
 def test_folders_of_your_own_are_taken_as_they_are(tmp_path):

@@ -15,8 +15,6 @@ import train
 from data import HERE
 
 README = (HERE / "README.md").read_text()
-
-
 CLASSIFY, LOSSES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -27,7 +25,7 @@ def test_the_losses_run_as_they_stand():
 
 
 def test_an_exported_network_classifies_every_picture_as_stage_2_did(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, call, capsys
 ):
     random = np.random.default_rng(0)
     for split, count in dict(train=8, val=2, test=12).items():
@@ -41,16 +39,12 @@ def test_an_exported_network_classifies_every_picture_as_stage_2_did(
     monkeypatch.chdir(tmp_path)
     options = "--dataset imagefolder --data-root . --arch resnet18 --view-size 33 --patch-size 17"
     options += " --epochs 1 --warmup-epochs 0 --workers 0 --loss ce --output run --lr 0.01"
-    for stage, arguments in (
-        (train, options), (stage2, "--output run --workers 0 --amp off --export model.pth")
-    ):
-        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *arguments.split()])
-        stage.main()
+    call(train, *options.split())
+    call(stage2, *"--output run --workers 0 --amp off --export model.pth".split())
     results = json.loads(Path("run/results.json").read_text())
     for label, name in enumerate(results["classes"]):
         right = 0
         for path in Path("test", name).iterdir():
-            capsys.readouterr()
             exec(CLASSIFY.replace("picture.jpg", str(path)), {})
             right += capsys.readouterr().out == f"{name}\n"
         assert results["per_class"][label] == pytest.approx(100 * right / 12)

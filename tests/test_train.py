@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TREE_COUNTS, records, states_equal
+from conftest import (
+    LAUNCH,
+    ONE_THREAD,
+    TREE_COUNTS,
+    begin,
+    checkpoint,
+    folders,
+    records,
+    states_equal,
+)
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,8 +39,6 @@ from models import Encoder
 TINY = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "64", "--patches", "1"]
 TINY += ["--queue-size", "100"]
 LARGE = ["--view-size", "33", "--patch-size", "17"]
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 # What makes a resnet50 on the JPEGs of imagenet_tree affordable.
 FILES = ["--dataset", "imagenet_lt", "--workers", "1", "--view-size", "64", "--patch-size", "32"]
 FILES += ["--patches", "1", "--queue-size", "20", "--batch-size", "16", "--warmup-epochs", "0"]
@@ -40,23 +47,6 @@ FILES += ["--patches", "1", "--queue-size", "20", "--batch-size", "16", "--warmu
 def python(*arguments, **options):
     options = dict(cwd=HERE, capture_output=True, text=True, timeout=200) | options
     return subprocess.run([sys.executable, *map(str, arguments)], **options)
-
-
-def begin(*arguments, **options):
-    options = dict(cwd=HERE, env=ONE_THREAD, stderr=subprocess.PIPE) | options
-    return subprocess.Popen([sys.executable, *map(str, arguments)], **options)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a stage in this process, which saves the seconds of its imports: what it printed."""
-
-    def run(stage, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, arguments)])
-        stage.main()
-        return capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +71,6 @@ def trained(small_root, tmp_path_factory):
     done = python("eval.py", "--output", output, "--epochs", 2)
     assert done.returncode == 0, done.stderr
     return output, done.stdout
-
-
-def checkpoint(output):
-    content = torch.load(output / "checkpoint.pth", weights_only=True)
-    for name in ("output", "save_minutes"):
-        content["args"].pop(name, None)
-    return content
 
 
 # ------------------------------------------------------------------------ what a run gives
@@ -181,8 +164,9 @@ def test_experts_train_and_each_is_reported(loss, small_root, tmp_path, call):
     call(train, *options, *TINY[2:], "--loss", loss, "--experts", 2)
     printed = call(stage2, *options).out
     results = json.loads((tmp_path / "results.json").read_text())
-    first, second = (expert["all"] for expert in results["experts"])
-    assert first != second and f"its experts alone: {first:.2f}, {second:.2f}" in printed
+    first, second = results["experts"]
+    assert first["per_class"] != second["per_class"]
+    assert f"its experts alone: {first['all']:.2f}, {second['all']:.2f}" in printed
     with pytest.raises(BadInput, match="--export: torchvision has no resnet_small of 2 experts"):
         call(stage2, *options, "--export", tmp_path / "whole.pth")
 
@@ -719,12 +703,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_stage_2_and_its_loss_i
 
 
 def test_a_set_smaller_than_the_recipes_batch_is_trained_on_whole(tmp_path, call, small_root):
-    random = np.random.default_rng(0)
-    for name in ("ant", "bee"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        for number in range(20):
-            pixels = random.integers(0, 255, (40, 36, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{number}.png")
+    folders(tmp_path, train=dict(ant=20, bee=20))
     options = ["--dataset", "small_imagefolder", "--data-root", tmp_path, "--epochs", 1]
     options += ["--output", tmp_path / "run", "--workers", 0, "--warmup-epochs", 0]
     with pytest.raises(BadInput, match="--batch-size 100 must divide"):
