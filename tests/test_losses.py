@@ -148,6 +148,19 @@ def test_pbsd_is_its_equation_written_as_loops(bank):
     torch.testing.assert_close(of_ours, of_loops, rtol=1e-10, atol=1e-11)
 
 
+def test_gradients_pass_gradcheck():
+    b = batch()
+    assert torch.autograd.gradcheck(
+        lambda query: dscl_of(b | {"query": query}, temperature=0.5), b["query"]
+    )
+    assert torch.autograd.gradcheck(
+        lambda patch: pbsd_of(b | {"patch": patch}, temperature=0.5), b["patch"]
+    )
+    assert torch.autograd.gradcheck(
+        lambda query: bank_attention(query, b["queue"], temperature=0.5)[0], b["query"]
+    )
+
+
 @pytest.mark.parametrize("loss", [dscl_of, pbsd_of])
 def test_a_second_derivative_is_refused_rather_than_wrong(loss):
     b = batch()

@@ -23,8 +23,11 @@ from models import (
     [
         ("resnet_small", 32, 128, 4),
         ("resnet20", 32, 64, 4),
+        ("resnet32", 32, 64, 4),
         ("resnet18", 64, 512, 32),
         ("resnet50", 64, 2048, 32),
+        ("resnext50_32x4d", 64, 2048, 32),
+        ("resnet152", 64, 2048, 32),
     ],
 )
 def test_backbones_end_in_their_last_map_and_the_large_start_with_silent_blocks(
@@ -148,7 +151,9 @@ def test_the_moving_average_is_of_parameters_alone():
     moving_average(keys, encoder, 0.9)
     for key, old, new in zip(keys.parameters(), before, encoder.parameters()):
         torch.testing.assert_close(key, 0.9 * old + 0.1 * new)
+        assert not key.requires_grad
     assert keys.shared.bn1.num_batches_tracked == 0
+    assert not keys(torch.randn(8, 3, 28, 28))[0].requires_grad
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 8, 100])
@@ -164,9 +169,14 @@ def test_queue_holds_the_last_keys_for_any_size_and_any_batch(size):
         assert torch.equal(queue.labels, queue.keys[0, :, 0].long() + 1000)
 
 
-def test_a_queue_is_as_full_as_the_state_dict_that_it_loads():
-    full, half = Queue(5, dim=2), Queue(5, dim=2)
-    full.put(torch.randn(1, 7, 2), torch.arange(7))
+def test_queue_goes_on_after_its_state_dict_is_loaded():
+    queue, copy, half = (Queue(5, dim=2) for _ in range(3))
+    queue.put(torch.randn(1, 7, 2), torch.arange(7))
+    copy.load_state_dict(queue.state_dict())
+    for q in (queue, copy):
+        q.put(torch.ones(1, 2, 2), torch.tensor([70, 71]))
+    assert torch.equal(queue.keys, copy.keys) and torch.equal(queue.labels, copy.labels)
+    assert sorted(copy.labels.tolist()) == [4, 5, 6, 70, 71]
     half.put(torch.randn(1, 2, 2), torch.arange(2))
-    full.load_state_dict(half.state_dict())
-    assert torch.equal(full.keys, half.keys) and full.keys.shape == (1, 2, 2)
+    copy.load_state_dict(half.state_dict())
+    assert copy.keys.shape == (1, 2, 2)
