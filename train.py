@@ -218,7 +218,7 @@ def load(path, stage):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["stage"] != stage:
             raise ValueError
-    except (FileNotFoundError, PermissionError) as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         reason = f"cannot be read ({error.strerror})"
         raise BadInput(f"{path} {reason}: train first, or name a run's") from None
     except Exception:  # torch.load raises many kinds on files that are not its own

@@ -678,6 +678,8 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(capsys, monkeypatch,
         says = "cannot be read (No such file" if before is None else "is not a checkpoint"
         assert f"{path} {says}" in line
         assert (path.read_bytes() if path.exists() else None) == before
+    line = fails(capsys, monkeypatch, stage2, "--checkpoint", tmp_path)  # a run's directory
+    assert f"{tmp_path} cannot be read (Is a directory)" in line
     assert not (tmp_path / "exploded").exists()
     # A stage 1 that finds something else in its place neither starts over nor overwrites it.
     broken = tmp_path / "run" / "checkpoint.pth"
