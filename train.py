@@ -218,10 +218,10 @@ def load(path, stage):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["stage"] != stage:
             raise ValueError
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        reason = f"cannot be read ({error.strerror})"
-        raise BadInput(f"{path} {reason}: train first, or name a run's") from None
-    except Exception:  # torch.load raises many kinds on files that are not its own
+    except Exception as error:  # torch.load raises many kinds on files that are not its own
+        if getattr(error, "filename", None):  # the file could not be opened
+            reason = f"cannot be read ({error.strerror})"
+            raise BadInput(f"{path} {reason}: train first, or name a run's") from None
         raise BadInput(f"{path} is not a checkpoint of {stage}: move it away") from None
     return content
 
