@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import sys
 import time
 import zipfile
@@ -45,6 +44,7 @@ except ImportError:
 HERE = Path(__file__).resolve().parent
 DEFAULT = "fashion_mnist_lt"
 RATIO = (3 / 4, 4 / 3)  # of the sides of all crops
+RANK = int(os.environ.get("RANK", 0))  # of this process, as torchrun sets it
 
 # ------------------------------------------------------------------------------------- recipes
 
@@ -66,7 +66,7 @@ PHOTOGRAPHS = dict(
     ),
     stage1=dict(
         arch="resnet50", pretrained="none", experts=1,
-        epochs=200, warmup_epochs=10, batch_size=256, lr=0.1, weight_decay=5e-4,
+        epochs=200, warmup=0.05, batch_size=256, lr=0.1, weight_decay=5e-4,
         queue_size=65536, momentum_encoder=0.999,
         temperature=0.07, alpha=0.1, pbsd_weight=1.5,
     ),
@@ -83,7 +83,7 @@ SMALL = row(
     PHOTOGRAPHS,
     views=dict(view_size=32, crop_scale=(0.3, 1.0), blur_p=0.0, patches=2, patch_size=16),
     stage1=dict(
-        arch="resnet_small", warmup_epochs=5, batch_size=128, lr=0.6,
+        arch="resnet_small", warmup=0.025, batch_size=128, lr=0.6,
         queue_size=1024, momentum_encoder=0.99, pbsd_weight=0.3,
     ),
     stage2=dict(epochs=20, batch_size=256, weight_decay=5e-4, augment=False, bn="eval"),
@@ -106,7 +106,7 @@ DATASETS = {
             mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353), view_size=20, patch_size=8,
             query_jitter=(0.2, 0.2, 0.2, 0.1), key_jitter=(0.2, 0.2, 0.2, 0.0),
         ),
-        stage1=dict(epochs=120, queue_size=256),
+        stage1=dict(epochs=120, warmup=0.0417, queue_size=256),
     ),
     "cifar10_lt": row(
         CIFAR, files=CIFAR10,
@@ -118,36 +118,35 @@ DATASETS = {
     ),
     "imagenet_lt": row(
         PHOTOGRAPHS,
-        source="index", index="ImageNet_LT_{}.txt",
-        published_at="github.com/zhmiao/OpenLongTailRecognition-OLTR",
-        published=dict(train=115846, val=20000, test=50000),
+        source="index", index=("ImageNet_LT_{}.txt", "{}.json"),
+        index_folder="ImageNet_LT", published=dict(train=115846, val=20000, test=50000),
     ),
     # Starts from ImageNet's weights, as the field does. Epochs, lr and K are ours, not tuned: a
     # short fine-tuning, and a queue that holds half the training set, as on ImageNet-LT.
     "places_lt": row(
         PHOTOGRAPHS,
-        source="index", index="Places_LT_{}.txt",
-        published_at="github.com/zhmiao/OpenLongTailRecognition-OLTR",
-        published=dict(train=62500, val=7300, test=36500),
+        source="index", index=("Places_LT_{}.txt", "{}.json"),
+        index_folder="Places_LT", published=dict(train=62500, val=7300, test=36500),
         stage1=dict(
             arch="resnet152", pretrained="IMAGENET1K_V1",
-            epochs=30, warmup_epochs=2, lr=0.05, queue_size=32768,
+            epochs=30, warmup=0.0667, lr=0.05, queue_size=32768,
         ),
     ),
     # Half the epochs over four times the pictures; ours, as is the rest, not tuned.
     "inaturalist18": row(
         PHOTOGRAPHS,
-        source="index", index="iNaturalist18_{}.txt", annotations="{}2018.json",
-        published_at="github.com/visipedia/inat_comp (train2018.json, val2018.json)",
+        source="index", index=("iNaturalist18_{}.txt", "{}2018.json"),
+        index_folder="iNaturalist18",
         published=dict(train=437513, val=24426),  # there is no test split
-        stage1=dict(epochs=100, warmup_epochs=5),
+        stage1=dict(epochs=100),
     ),
-    # Your own, DATA_ROOT/{train,val,test}/<class>/*: a few thousand photographs, or pictures of 32
-    # to 64 pixels. Ours, not tuned; README says what to set for more.
+    # Your own images, DATA_ROOT/<class>/* or DATA_ROOT/{train,val,test}/<class>/*: a few thousand
+    # photographs, or images of 32 to 64 pixels. Ours, not tuned; README says what to set for more.
     "imagefolder": row(
         PHOTOGRAPHS, source="folder",
         stage1=dict(
-            arch="resnet18", epochs=400, batch_size=128, queue_size=1024, momentum_encoder=0.99
+            arch="resnet18", epochs=400, warmup=0.025, batch_size=128,
+            queue_size=1024, momentum_encoder=0.99,
         ),
         stage2=dict(batch_size=256, bn="eval"),
     ),
@@ -156,18 +155,22 @@ DATASETS = {
 
 # What a setting may be, and means.
 VIEWS = dict(
-    mean=((0, 1), "mean of the three channels, pixels from 0 to 1"),
-    std=((0.001, 1), "standard deviation of the three channels"),
-    view_size=((8, 4096), "pixels of the views' sides; paper: 224"),
-    crop_scale=((0.001, 1), "smallest and largest view, as a share of the picture's area"),
-    grey_p=((0, 1), "share of query views and patches that become grey"),
-    blur_p=((0, 1), "share of query views and patches that are blurred"),
-    query_jitter=((0, 1), "brightness, contrast, saturation, hue of query views and patches"),
-    query_jitter_p=((0, 1), "share of query views and patches that get it"),
-    key_jitter=((0, 1), "the same of key views, which all get it"),
-    patches=((1, 1024), "patches L of a query view; paper: 5"),
-    patch_size=((4, 4096), "pixels of the patches' sides; paper: 64"),
-    patch_scale=((0.001, 1), "smallest and largest patch, as a share of the query view's area"),
+    mean=((0, 1), "mean of red, green and blue, from 0 to 1"),
+    std=((0.001, 1), "standard deviation of red, green and blue, from 0 to 1"),
+    view_size=((8, 4096), "width and height of the views in pixels; paper: 224"),
+    crop_scale=((0.001, 1), "smallest and largest area of a view, as a fraction of the image's"),
+    grey_p=((0, 1), "probability that a query view or a patch becomes grey"),
+    blur_p=((0, 1), "probability that a query view or a patch is blurred"),
+    query_jitter=(
+        (0, 1), "jitter of query views and patches: brightness, contrast, saturation, hue"
+    ),
+    query_jitter_p=((0, 1), "probability that a query view or a patch is jittered"),
+    key_jitter=((0, 1), "jitter of all key views: brightness, contrast, saturation, hue"),
+    patches=((1, 1024), "number L of patches cut from a query view; paper: 5"),
+    patch_size=((4, 4096), "width and height of the patches in pixels; paper: 64"),
+    patch_scale=(
+        (0.001, 1), "smallest and largest area of a patch, as a fraction of the query view's"
+    ),
 )
 
 
@@ -177,7 +180,7 @@ def in_memory(name):
 
 
 class BadInput(Exception):
-    """Something the user gave cannot be used; the message says what and how to mend it."""
+    """Something the user gave cannot be used; the message says what and how to fix it."""
 
 
 # ----------------------------------------------------------------------------- views and patches
@@ -400,10 +403,13 @@ class Pictures:
 
 
 class ImageFiles(Pictures):
-    """Pictures on disk: their paths below root, labels int64 [N] and, maybe, class names."""
+    """Images on disk: their paths below root, labels int64 [N] and, maybe, class names.
 
-    def __init__(self, root, paths, labels, origin, names=None):
-        self.root, self.origin, self.names = root, origin, names
+    `layout` says in words where the files were found, if not where their index says.
+    """
+
+    def __init__(self, root, paths, labels, origin, names=None, layout=""):
+        self.root, self.origin, self.names, self.layout = root, origin, names, layout
         self.paths = np.asarray(paths)  # one array of bytes, which workers share
         self.labels = torch.as_tensor(labels, dtype=torch.long)
 
@@ -438,19 +444,24 @@ def open_picture(path):
     except Exception as error:  # Pillow raises many kinds on broken files
         reason = getattr(error, "strerror", None) or error
         raise BadInput(
-            f"{path} cannot be read as a picture ({reason}): mend or replace it, then the same "
-            "command goes on"
+            f"{path} cannot be read as an image ({reason}): fix or replace the file, then run the "
+            "same command again"
         ) from None
 
 
 def decode(image, reducible=1.0):
-    """An open picture as uint8 [3, H, W]; grey, CMYK, palette and alpha become RGB.
+    """An open image as uint8 [3, H, W]; grey, CMYK, palette and alpha become RGB.
 
+    16-bit grey is read as value // 256, as image viewers show it; 32-bit pixels are a ValueError.
     A JPEG that may shrink by the factor `reducible` is decoded at half, a quarter or an eighth of
     its size, as far as that allows: the resize that follows never enlarges what was thrown away.
     """
-    if image.mode[0] in "IF":
-        raise ValueError(f"pixels of mode {image.mode}; only 8 bits a channel are understood")
+    # 16-bit grey has mode "I;16", or "I" as read by some versions of Pillow from formats whose
+    # pixels never have more than 16 bits.
+    if image.mode[:4] == "I;16" or image.mode == "I" and image.format in ("PNG", "PPM"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    elif image.mode[0] in "IF":
+        raise ValueError("its pixels have 32 bits; images have 8, or 16 if they are grey")
     if reducible >= 2:
         image.draft("RGB", [side // int(reducible) for side in image.size])
     elif decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
@@ -491,16 +502,17 @@ def central_crop(image, size):
 # -------------------------------------------------------------------------------------- readers
 
 
-def load_dataset(name, root=None, index_dir=None, imbalance=100.0, download=False):
+def load_dataset(name, root=None, index_dir=None, imbalance=100.0, download=False, checking=False):
     """A data set's splits, {"train": Pictures or ImageFiles, "val": ..., "test": ...}.
 
-    CIFAR-LT has no val and takes `imbalance`, iNaturalist no test. BadInput if a file is missing or
-    broken, a label is skipped or a class has no picture in a split.
+    CIFAR-LT has no val and takes `imbalance`, iNaturalist has no test. In val and test classes may
+    be missing. BadInput if a file is missing or broken, or a class has no training image; with
+    `checking` image files may be missing.
     """
     recipe = DATASETS[name]
     root = root or recipe.get("root")
     if root is None or not Path(root).is_dir():
-        raise BadInput(f"--data-root must be the directory of {name}'s pictures, got {root}")
+        raise BadInput(f"--data-root must be the directory of {name}'s images, got {root}")
     root = Path(root)
     if recipe["source"] == "npz":
         sets = read_npz(root / f"{name}.npz", recipe["names"])
@@ -509,22 +521,24 @@ def load_dataset(name, root=None, index_dir=None, imbalance=100.0, download=Fals
     elif recipe["source"] == "folder":
         sets = read_folders(root)
     else:
-        directory = Path(index_dir or root)
-        sets = {split: read_index(recipe, split, root, directory) for split in recipe["published"]}
-    names = sets["train"].names
-    classes = len(names) if names else int(sets["train"].labels.max()) + 1
+        sets, classes = {}, None
+        for split in recipe["published"]:
+            sets[split] = read_index(recipe, split, root, Path(index_dir or root), classes)
+            classes = int(sets["train"].labels.max()) + 1
+    counts = sets["train"].labels.bincount()
+    if not counts.all():
+        raise BadInput(
+            f"{sets['train'].origin}: no image of class {int(counts.argmin())}; the labels must be "
+            f"0 to {len(counts) - 1} without a gap"
+        )
+    if len(counts) < 2:
+        only = f", {sets['train'].names[0]}" if sets["train"].names else ""
+        raise BadInput(f"{sets['train'].origin}: only one class{only}; it needs at least two")
     for part in sets.values():
-        counts = part.labels.bincount(minlength=classes)
-        if len(counts) > classes or not counts.all():
-            wrong = len(counts) - 1 if len(counts) > classes else int(counts.argmin())
+        if not (checking or in_memory(name) or part.path(0).is_file()):
             raise BadInput(
-                f"{part.origin}: {counts[wrong]} pictures of class {wrong}, the training set's are "
-                f"0 to {classes - 1}: every split needs pictures of each of them and of no other"
-            )
-        if isinstance(part, ImageFiles) and not part.path(0).is_file():
-            raise BadInput(
-                f"{part.path(0)} not found, the first picture of {part.origin}: --data-root must "
-                "be the directory that its paths start from"
+                f"{part.path(0)} not found, the first image of {part.origin}: --data-root must be "
+                "the directory that its paths start from; data.py counts what is missing"
             )
     return sets
 
@@ -567,93 +581,145 @@ def read_cifar(files, root, imbalance, download):
     }
 
 
-def read_index(recipe, split, root, directory):
-    """A split from its index file, lines "relative/path label", or iNaturalist's annotations."""
-    path = directory / recipe["index"].format(split)
-    annotations = directory / recipe.get("annotations", "").format(split)
-    if path.is_file():
+def read_index(recipe, split, root, directory, classes=None):
+    """A split from its index file: lines "relative/path label", or JSON as read_json takes it.
+
+    `classes` bounds the labels; the training set's are bounded by its number of lines.
+    """
+    candidates = [directory / name.format(split) for name in recipe["index"]]
+    path = next(filter(Path.is_file, candidates), None)
+    if path is None:
+        raise BadInput(
+            f"{candidates[0]} not found: --index-dir must be the directory of the index files. Get "
+            "them by git clone https://github.com/facebookresearch/classifier-balancing, then "
+            f"--index-dir classifier-balancing/data/{recipe['index_folder']}"
+        )
+    if path.suffix == ".json":
+        entries = lines = read_json(path)
+    else:
         lines = path.read_bytes().splitlines()
         entries = (line.rsplit(None, 1) for line in lines)
-    elif annotations.is_file():
-        path = annotations
-        entries = lines = read_annotations(annotations)
-    else:
-        raise BadInput(
-            f"{path} not found: get it at {recipe['published_at']}; --index-dir is where it is"
-        )
-    paths, labels = [], []
+    classes, paths, labels = classes or len(lines), [], []
     for number, entry in enumerate(entries, 1):
         try:
             name, label = entry[0], int(entry[1])
             outside = name[:1] == b"/" or (b".." in name and b".." in name.split(b"/"))
-            if outside or not 0 <= label < len(lines):
+            if outside or not 0 <= label < classes:
                 raise ValueError
         except (ValueError, IndexError):
             line = os.fsdecode(b" ".join(entry))
             raise BadInput(
                 f'{path}:{number}: {line!r} is not "path label" with a path below --data-root and '
-                f"a label from 0 to {len(lines) - 1}"
+                f"a label from 0 to {classes - 1}"
             ) from None
         paths.append(name)
         labels.append(label)
     if not paths:
         raise BadInput(f"{path} is empty")
-    return ImageFiles(root, paths, labels, path)
+
+    # ImageNet's val archive has no class folders: "val/n01440764/x" of the index is "val/x" there.
+    # The first images decide for the whole split.
+    def flat(name):
+        return name.partition(b"/")[0] + b"/" + name.rpartition(b"/")[2]
+
+    def found(names):
+        return any((root / os.fsdecode(name)).is_file() for name in names)
+
+    if found(paths[:10]) or not found(map(flat, paths[:10])):
+        return ImageFiles(root, paths, labels, path)
+    layout = f"found in {root / os.fsdecode(flat(paths[0])).partition('/')[0]}, no class folders"
+    return ImageFiles(root, list(map(flat, paths)), labels, path, layout=layout)
 
 
-def read_annotations(path):
-    """[path, label] of every picture in iNaturalist's train2018.json or val2018.json."""
+def read_json(path):
+    """[path, label] of every image in iNaturalist's annotations or the published DSCL index."""
     try:
         content = json.loads(path.read_bytes())
-        label_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
-        return [(os.fsencode(i["file_name"]), b"%d" % label_of[i["id"]]) for i in content["images"]]
+        entries = content["annotations"]
+        if "images" in content:  # iNaturalist's: path and label stand in different lists
+            label_of = {entry["image_id"]: entry["category_id"] for entry in entries}
+            images = content["images"]
+            entries = [dict(fpath=i["file_name"], category_id=label_of[i["id"]]) for i in images]
+        return [(os.fsencode(entry["fpath"]), b"%d" % entry["category_id"]) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{path} is not iNaturalist's annotation file ({reason})") from None
+        raise BadInput(
+            f"{path} is not iNaturalist's annotations nor the published DSCL index ({reason})"
+        ) from None
 
 
-HELD_OUT = {"test": 0.2, "val": 0.1}  # shares of each class
+HELD_OUT = {"test": 0.2, "val": 0.1}  # fractions of each class
+FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+def find_images(folder, classes=("",)):
+    """(path, class) of every image in the class folders of a folder, or anywhere in it; sorted."""
+    samples = make_dataset(folder, {c: c for c in classes}, IMG_EXTENSIONS, allow_empty=True)
+    shown = [os.sep + os.path.relpath(path, folder) for path, _ in samples]
+    return [sample for sample, name in zip(samples, shown) if os.sep + "." not in name]
+
+
+def read_classes(place, root):
+    """(path below root, class name) of every image in place/<class>/; says what it leaves out."""
+    folders = sorted(path.name for path in place.glob("[!.]*") if path.is_dir())
+    found = find_images(place, folders) if folders else []
+    left_out = sum(len(files) for _, _, files in os.walk(place, followlinks=True)) - len(found)
+    if left_out and RANK == 0:
+        kinds = " ".join(IMG_EXTENSIONS)
+        print(
+            f"{place}: {left_out} files are left out; images are {kinds} in class folders",
+            file=sys.stderr,
+        )
+    return [(os.fsencode(os.path.relpath(path, root)), name) for path, name in found]
 
 
 def read_folders(root):
-    """{train,val,test}/<class>/* below root; val and test are held out of train where missing."""
-    found, names = {}, None
-    missing = [split for split in HELD_OUT if not (root / split).is_dir()]
-    for split in ("train", *sorted(HELD_OUT.keys() - missing)):
-        try:
-            folders = sorted(path.name for path in (root / split).glob("[!.]*") if path.is_dir())
-            names = names or folders
-            label_of = {name: names.index(name) for name in folders}
-            samples = make_dataset(root / split, label_of, IMG_EXTENSIONS, allow_empty=True)
-            samples = [(os.path.relpath(path, root), label) for path, label in samples]
-            samples = [sample for sample in samples if os.sep + "." not in sample[0]]  # hidden
-        except (OSError, ValueError):
+    """The splits of root/{train,val,test}/<class>/*, or of root/<class>/*, which is all train.
+
+    val and test are held out of train where they have no images. Classes are those of train.
+    """
+    places = {
+        split: next((root / name for name in names if (root / name).is_dir()), None)
+        for split, names in FOLDERS.items()
+    }
+    if not any(places.values()):
+        places["train"] = root
+    samples = {split: read_classes(place, root) if place else [] for split, place in places.items()}
+    train, missing = samples["train"], [split for split in HELD_OUT if not samples[split]]
+    if not train:
+        raise BadInput(
+            f"{places['train'] or root / 'train'}: no images in class folders; they belong in "
+            f"{root}/<class>/, or in {root}/train/<class>/ with val/ and test/ beside train/"
+        )
+    label_of = {name: label for label, name in enumerate(sorted({name for _, name in train}))}
+    for split, part in samples.items():
+        for name in sorted({name for _, name in part} - label_of.keys()):
             raise BadInput(
-                f"{root / split}: pictures belong in {root}/train/<class>/, and in val/ and test/ "
-                "in folders of the same names where there are such"
-            ) from None
-        files = sum(len(there) for _, _, there in os.walk(root / split, followlinks=True))
-        text = f"{root / split}: {files - len(samples)} files are left out; pictures are"
-        if files > len(samples) and first_to_say(text):
-            print(text, *IMG_EXTENSIONS, "in class folders", file=sys.stderr)
-        found[split] = [os.fsencode(path) for path, _ in samples], [label for _, label in samples]
-    if missing:
-        paths, labels = found["train"]
-        found |= {split: ([], []) for split in ("train", *missing)}
-        for path, label, split in zip(paths, labels, hold_out(paths, labels, missing)):
-            found[split][0].append(path)
-            found[split][1].append(label)
+                f"{places[split] / name} has images, but {places['train'] / name} has none"
+            )
+    splits = hold_out(*zip(*train), missing)
+    for split in ("train", *missing):
+        samples[split] = [sample for sample, of in zip(train, splits) if of == split]
+    if not (samples["val"] or samples["test"]):
+        raise BadInput(
+            f"{places['train']}: no class has the three images of which one can be held out for "
+            f"testing; put images of some classes into {root}/test/<class>/"
+        )
     return {
-        split: ImageFiles(root, *found[split], f"{root}/{split}", names)
-        for split in ("train", "val", "test")
+        split: ImageFiles(
+            root, [path for path, _ in part], [label_of[name] for _, name in part],
+            f"{root}/{split}", list(label_of),
+        )
+        for split, part in samples.items()
+        if part
     }
 
 
 def hold_out(paths, labels, missing):
-    """The split of every picture of train/, of which the missing ones get their shares.
+    """The split of every image of train/, of which the missing ones get their shares.
 
-    A hash of its path decides about a picture, whatever the seed and whichever others come or go;
-    but every split has at least one of each class.
+    A hash of its path decides about an image, whatever the seed and whichever others come or go;
+    but every split has at least one of each class that has three, and none of a smaller class.
     """
     digests = [sha256(path).digest() for path in paths]
     splits, rows_of = ["train"] * len(paths), {}
@@ -661,7 +727,7 @@ def hold_out(paths, labels, missing):
         rows_of.setdefault(labels[row], []).append(row)
     for rows in rows_of.values():
         end, share = 0, 0.0
-        for waiting, split in zip(range(len(missing), 0, -1), missing):
+        for waiting, split in zip(range(len(missing), 0, -1), missing if len(rows) >= 3 else ()):
             begin, share = end, share + HELD_OUT[split]
             below = sum(digests[row][0] / 256 < share for row in rows)
             end = min(max(below, begin + 1), len(rows) - waiting)
@@ -679,10 +745,13 @@ def seed_from(*numbers):
 
 
 def fit_batch(args, count):
-    """Lower a batch size that no flag gave to a power of two that a smaller training set has."""
-    given = any(word.partition("=")[0] == "--batch-size" for word in sys.argv)
-    if args.batch_size > count and not given:
-        args.batch_size = 2 ** (count.bit_length() - 1)
+    """Lower a batch size that a training set is too small for to a power of two that it has."""
+    if args.batch_size > count:
+        fitting = 2 ** (count.bit_length() - 1)
+        if RANK == 0:
+            print(f"--batch-size {args.batch_size} is lowered to {fitting}: the training set has "
+                  f"{count} images", file=sys.stderr)
+        args.batch_size = fitting
 
 
 class Batches:
@@ -697,7 +766,7 @@ class Batches:
         if batch_size > len(labels) or batch_size % world:
             raise BadInput(
                 f"--batch-size {batch_size} must divide among {world} processes and be at most the "
-                f"{len(labels)} training pictures"
+                f"{len(labels)} training images"
             )
         self.labels, self.batch_size, self.seed, self.balanced = labels, batch_size, seed, balanced
         self.per_epoch = len(labels) // batch_size
@@ -745,13 +814,14 @@ class Loaded:
         return images, self.pictures.labels[indices]
 
 
-def load_batches(pictures, batches, recipe, crops, workers, device):
+def load_batches(pictures, batches, recipe, crops, workers, device, kind=Loaded):
     """A loader of (images uint8 [1 or 2, B, C, H, W], labels [B]), of Batches or in_turn.
 
-    `crops` a picture, or 0 for the whole picture as evaluation sees it.
+    `crops` a picture, or 0 for the whole picture as evaluation sees it. Another `kind` than Loaded
+    gives what its __getitem__ makes of a batch.
     """
     return DataLoader(
-        Loaded(pictures, recipe, crops), sampler=batches, batch_size=None, num_workers=workers,
+        kind(pictures, recipe, crops), sampler=batches, batch_size=None, num_workers=workers,
         pin_memory=device.type == "cuda", persistent_workers=workers > 0,
     )
 
@@ -772,56 +842,82 @@ def number(kind, low, high):
 
 
 def cores():
-    """The cores that each process of this machine can have for its workers, at most 8."""
+    """Cores that each process of this host can have for its workers, at most 8.
+
+    One core is left to the process itself, which launches the work of its GPU.
+    """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(8, max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 class Parser(argparse.ArgumentParser):
     """The arguments of a command on a data set; errors are one line.
 
     --dataset is read first: the flags that follow have the defaults of that data set's recipe.
+    `chosen_by` are the arguments that choose the defaults which --help shows.
     """
 
-    def __init__(self, description, dataset=DEFAULT):
+    def __init__(self, description, dataset=DEFAULT, chosen_by="--dataset NAME"):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage=f"%(prog)s [flags]    (%(prog)s {chosen_by} --help shows its defaults)",
             add_help=False, allow_abbrev=False,
         )
-        self.flag("dataset", dataset, tuple(DATASETS), "name")
+        self.group = self.add_argument_group("data")
+        self.flag("dataset", dataset, tuple(DATASETS), "data set, which sets all other defaults")
         self.dataset = self.parse_known_args()[0].dataset
         self.recipe = DATASETS[self.dataset]
-        workers = 0 if in_memory(self.dataset) else cores()
-        directory = dict(type=Path, metavar="DIR")
-        self.add_argument("-h", "--help", action="help", help="show the recipe of --dataset")
-        self.add_argument("--data-root", **directory, help="of its pictures")
-        self.add_argument("--index-dir", **directory, help="of its index files, if elsewhere")
-        self.set_defaults(imbalance=None)
-        if "imbalance" in self.recipe:
-            text = "pictures of the largest class over those of the smallest: 10, 50, 100"
-            self.flag("imbalance", self.recipe["imbalance"], (1, 1e4), text)
-        self.flag("workers", workers, (0, 512), "processes that decode pictures, for each GPU")
-        self.flag("seed", 0, (0, 2**63 - 1), "seed of everything")
+        self.path("data-root", "DIR", "directory of the images")
+        self.path("index-dir", "DIR", "directory of the index files (default: that of the images)")
+        text = "size of the largest class divided by that of the smallest: 10, 50 or 100"
+        self.flag("imbalance", self.recipe.get("imbalance"), (1, 1e4), text, kind=float)
 
-    def flag(self, name, default, limits, text):
-        """A flag of its default's type within limits: the smallest and largest, or the choices."""
+    def begin(self, title):
+        """The flags that follow stand under this title in --help."""
+        self.group = self.add_argument_group(title)
+
+    def flag(self, name, default, limits, text, kind=None, shown=None):
+        """A flag of its default's type within limits: the smallest and largest, or the choices.
+
+        A flag of a `kind` without default does not apply to this data set and is not shown.
+        """
         values = default if isinstance(default, tuple) else (default,)
-        options = dict(default=default, help=f"{text} (default: {' '.join(map(str, values))})")
+        shown = shown or " ".join(map(str, values))
+        options = dict(default=default, help=f"{text} (default: {shown})")
         if isinstance(values[0], bool):
             options |= dict(action=argparse.BooleanOptionalAction)
         elif isinstance(values[0], str):
             options |= dict(choices=limits, metavar=None if limits else "NAME")
         else:
-            kind = type(values[0])
+            kind = kind or type(values[0])
             options |= dict(type=number(kind, *limits), metavar="N" if kind is int else "X")
         if values is default:
             options |= dict(nargs=len(values))
-        self.add_argument("--" + name.replace("_", "-"), **options)
+        if default is None:
+            options |= dict(help=argparse.SUPPRESS)
+        self.group.add_argument("--" + name.replace("_", "-"), **options)
+
+    def path(self, name, metavar, text, **options):
+        """A flag that takes a path."""
+        self.group.add_argument(f"--{name}", type=Path, metavar=metavar, help=text, **options)
+
+    def switch(self, name, text):
+        """A flag without value, off by default."""
+        self.group.add_argument(f"--{name}", action="store_true", help=text)
 
     def settings(self, group, meanings):
         """Every setting of a group of the recipe as a flag; meanings: {name: (limits, text)}."""
         for name, default in self.recipe[group].items():
             self.flag(name, default, *meanings[name])
+
+    def run_flags(self):
+        """The flags that every command has, whatever it computes."""
+        text = "processes that decode images, for each GPU"
+        rule = "one for each core but one, at most 8; 0 for data sets held in memory"
+        default = 0 if in_memory(self.dataset) else cores()
+        self.flag("workers", default, (0, 512), text, shown=rule)
+        self.flag("seed", 0, (0, 2**63 - 1), "seed of all random numbers")
+        self.group.add_argument("-h", "--help", action="help", help="show this and exit")
 
     def parse_args(self):
         args = super().parse_args()
@@ -829,6 +925,10 @@ class Parser(argparse.ArgumentParser):
             smallest, largest = getattr(args, name.replace("-", "_"), (0, 1))
             if smallest > largest:
                 self.error(f"--{name}: the smallest comes first")
+        for name in ("imbalance", "download"):
+            if getattr(args, name, None) and self.recipe["source"] != "cifar":
+                takers = " and ".join(n for n in DATASETS if DATASETS[n]["source"] == "cifar")
+                self.error(f"--{name}: only {takers} take it, not {self.dataset}")
         return args
 
     def error(self, message):
@@ -839,7 +939,7 @@ CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # takes back a live line
 
 
 class Progress:
-    """One line with the time that is left: live on a terminal, elsewhere every ten seconds."""
+    """One line, the time that is left first: live on a terminal, elsewhere every ten seconds."""
 
     def __init__(self, steps, done=0):
         self.steps, self.first, self.began, self.shown = steps, done, time.monotonic(), -math.inf
@@ -849,7 +949,7 @@ class Progress:
         if last or now - self.shown > (0.1 if CLEAR else 10):
             self.shown = now
             left = (now - self.began) / max(done - self.first, 1) * (self.steps - done)
-            line = f"{text}  ETA {timedelta(seconds=int(left))}"
+            line = f"ETA {timedelta(seconds=int(left))}  {text}"
             line = line[: os.get_terminal_size(2).columns - 1] if CLEAR else line
             print(CLEAR + line, end="" if CLEAR and not last else "\n", file=sys.stderr, flush=True)
 
@@ -857,7 +957,7 @@ class Progress:
 def run(main):
     """Call main(); an end that is no fault of the code is one line and an exit code.
 
-    2: what the user can mend; 130: Ctrl-C; 1: another process of the run died.
+    2: what the user can fix; 130: Ctrl-C; 1: another process of the run died.
     """
     again = "the same command goes on from the last checkpoint, or starts again if there is none"
     try:
@@ -878,65 +978,65 @@ def run(main):
             raise
         reason = str(error).splitlines()[0]
         code, message = 1, f"the connection to another process failed ({reason}); {again}"
-    if code == 1 or first_to_say(message):  # torchrun is about to end this process as well
-        print(f"{CLEAR}{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    process = f" (rank {RANK})" if "RANK" in os.environ else ""
+    print(f"{CLEAR}{Path(sys.argv[0]).name}{process}: error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def first_to_say(message):
-    """Whether no other process that torchrun started on this host has said it."""
-    run = os.environ
-    if run.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    key = "/".join((run["TORCHELASTIC_RESTART_COUNT"], run["GROUP_RANK"], message))
-    host, port = run["MASTER_ADDR"], int(run["MASTER_PORT"])
-    try:
-        socket.create_connection((host, port), timeout=1).close()  # a store would try for long
-        return dist.TCPStore(host, port, timeout=timedelta(seconds=5)).add(key, 1) == 1
-    except (OSError, dist.DistError):  # torchrun itself is gone
-        return True
 
 
 # ------------------------------------------------------------------------- checking a data set
 
 
 def problem_of(path, decoding):
-    """What is wrong with a file, or None: it is missing or, if asked, cannot be decoded."""
+    """What is wrong with a file: "missing", why it cannot be decoded if that is asked, or None."""
+    if not path.is_file():
+        return "missing"
     try:
         if decoding:
             with open_picture(path) as image:
                 decode(image)
-        elif not path.is_file():
-            return f"{path} is missing"
-    except (BadInput, OSError) as error:
+    except BadInput as error:
         return str(error)
 
 
 def check(sets, args):
-    """Print what every split holds; returns messages about what is wrong with it."""
-    problems, seen, published = [], {}, DATASETS[args.dataset].get("published", {})
+    """Print what every split holds; returns what is missing and other problems, as messages."""
+    published, problems = DATASETS[args.dataset].get("published", {}), []
+    classes = len(sets["train"].labels.bincount())
     for split, pictures in sets.items():
-        counts = pictures.labels.bincount()
-        sizes = f"{counts.max():,} to {counts.min():,}"
-        shots = {name: int(mask.sum()) for name, mask in shot_groups(counts).items()}
-        shots = f"; classes by shots: {shots}" if split == "train" else ""
-        print(f"{split}: {len(pictures):,} pictures, {len(counts):,} classes of {sizes}{shots}")
+        counts = pictures.labels.bincount(minlength=classes)
+        here = counts[counts > 0]
+        line = f"{split}: {len(pictures):,} images, {len(here):,} classes of {here.max():,} to "
+        line += f"{here.min():,} images"
+        if split == "train":
+            many, medium, few = (int(mask.sum()) for mask in shot_groups(counts).values())
+            line += f": {many} many-, {medium} medium- and {few} few-shot"
+        elif len(here) < classes:
+            line += f"; {classes - len(here)} classes have none here"
+        layout = getattr(pictures, "layout", "")
+        print(line + (f"; {layout}" if layout else ""))
         if published.get(split, len(pictures)) != len(pictures):
             expected = f"{published[split]:,} published"
-            problems.append(f"{pictures.origin}: {len(pictures):,} pictures, {expected}")
-        if in_memory(args.dataset):
-            continue
+            problems.append(f"{pictures.origin}: {len(pictures):,} images, {expected}")
+    if in_memory(args.dataset):
+        return [], problems
+
+    missing, seen = [], {}
+    for split, pictures in sets.items():
         paths, progress = list(map(pictures.path, range(len(pictures)))), Progress(len(pictures))
         for path in paths:
             if path in seen:
                 problems.append(f"{path} is in {seen[path]} and again in {split}")
             seen[path] = split
         with ThreadPool(max(1, args.workers)) as pool:
-            problem = partial(problem_of, decoding=args.decode)
-            for done, message in enumerate(pool.imap(problem, paths, 64), 1):
-                problems += [message] if message else []
-                progress.show(done, f"{split}: {done:,} pictures, {len(problems)} problems")
-    return problems
+            found = pool.imap(partial(problem_of, decoding=args.decode), paths, 64)
+            for done, (path, problem) in enumerate(zip(paths, found), 1):
+                if problem == "missing":
+                    missing.append(str(path))
+                elif problem:
+                    problems.append(problem)
+                count = len(missing) + len(problems)
+                progress.show(done, f"{split}: {done:,} images, {count:,} problems")
+    return missing, problems
 
 
 def draw_views(path, pictures, args, count=6):
@@ -963,20 +1063,26 @@ def draw_views(path, pictures, args, count=6):
 
 def main():
     parser = Parser(__doc__)
+    parser.begin("check")
+    parser.switch("decode", "decode every image as well")
+    parser.switch("download", "download CIFAR into --data-root")
+    parser.path("views", "FILE", "draw what the networks see into this PNG file, and check nothing")
+    parser.run_flags()
+    parser.begin("views")
     parser.settings("views", VIEWS)
-    parser.add_argument("--decode", action="store_true", help="decode every picture as well")
-    parser.set_defaults(download=False)
-    if parser.recipe["source"] == "cifar":
-        parser.add_argument("--download", action="store_true", help="fetch it into --data-root")
-    parser.add_argument("--views", type=Path, metavar="FILE", help="draw views as PNG, no check")
     args = parser.parse_args()
-    sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance, args.download)
+    choice = args.data_root, args.index_dir, args.imbalance, args.download
+    sets = load_dataset(args.dataset, *choice, checking=not args.views)
     if args.views:
         return draw_views(args.views, sets["train"], args)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    problems = check(sets, args)
-    print(f"\nproblems: {len(problems)}", *problems[:10], sep="\n  ")
-    sys.exit(1 if problems else 0)
+    missing, problems = check(sets, args)
+    total = sum(map(len, sets.values()))
+    if missing:
+        print(f"\n{len(missing):,} of {total:,} images are missing, the first ten:", end="")
+        print("", *missing[:10], sep="\n  ")
+    print(f"\nother problems: {len(problems)}", *problems[:10], sep="\n  ")
+    sys.exit(1 if missing or problems else 0)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@
     python eval.py --output runs/mine                              # any run of train.py
     torchrun --nproc_per_node=8 eval.py --output runs/imagenet_lt  # several GPUs
     python eval.py --knn                                           # a look, also while it trains
-    python eval.py --plots plots --export model.pth                # pictures, weights for elsewhere
+    python eval.py --output RUN --predict FILES AND FOLDERS        # a JSON line for each image
+    python eval.py --plots plots --export model.pth                # plots, torchvision's weights
     python eval.py --summary runs/*                                # mean and std over seeds
 
 Chooses the epoch on val, reports on test by many/medium/few-shot classes; without a val split the
-last epoch counts, without a test split val is reported. Writes OUTPUT/results.json and
-OUTPUT/classifier.pth; the same command again goes on from there.
+last epoch counts, without a test split val is reported. Writes OUTPUT/results.json,
+OUTPUT/model.pth, from which --predict needs nothing else, and OUTPUT/classifier.pth, from which the
+same command goes on after an interruption.
 """
 
 import argparse
@@ -34,11 +36,14 @@ from torchvision.utils import save_image
 
 import data
 import train
-from data import BadInput, Batches, Draws, Parser, Progress, in_turn, load_batches, shot_groups
+from data import BadInput, Batches, Draws, Loaded, Parser, Progress
+from data import in_turn, load_batches, shot_groups
 from models import SMALL_ARCHS, Encoder, means
-from train import add_run_flags, autocast, gather, load, plain, resume, save
+from train import add_run_flags, autocast, flatten, gather, load, plain, resume, save
 
 STAGE = "stage 2 of DSCL + PBSD"
+RESULT = "the classifier of DSCL + PBSD"
+CONFUSIONS = 1000  # classes at most for which a square table of confusions is made
 
 # -------------------------------------------------------------------------------- classification
 
@@ -64,49 +69,86 @@ def features_of(encoder, view, amp):
 
 @torch.no_grad()
 def count_right(encoder, loader, run, classes, device, amp):
-    """Pictures of each class, those whose label ranks first, and among the first five.
+    """What the classifiers get right of the loader's images of all processes together.
 
-    The loader's pictures of all processes together: int64 [1 + E, 3, classes], on the CPU; by the
-    mean of the experts' logits, then by those of each.
+    Returns two int64 tensors on the CPU. The first, [1 + E, 3, classes], counts the images of each
+    class, those whose label ranks first, and those with it among the first five; by the mean of the
+    experts' logits, then by each expert's. The second, [classes, classes], counts the images of
+    each class (row) that the mean of the logits takes for each class (column); None for more
+    than CONFUSIONS classes.
     """
     encoder.eval()
     tally = torch.zeros(1 + len(encoder.heads), 3, classes, dtype=torch.long, device=device)
+    taken_for = torch.zeros(classes**2 * (classes <= CONFUSIONS), dtype=torch.long, device=device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         view = data.evaluation_view(images, run)
         logits = encoder.heads(features_of(encoder, view, amp))
         logits = torch.cat([logits.mean(0, keepdim=True), logits])  # [1 + E, B, classes]
-        hits = logits.topk(min(5, classes)).indices == labels[:, None]  # [1 + E, B, 5]
+        top = logits.topk(min(5, classes)).indices  # [1 + E, B, 5]
+        hits = top == labels[:, None]
         counted = torch.stack([torch.ones_like(hits[..., 0]), hits[..., 0], hits.any(2)], dim=1)
         tally.index_add_(2, labels, counted.long())
-    return gather(tally[None]).sum(0).cpu()
+        if len(taken_for):
+            taken_for.index_add_(0, labels * classes + top[0, :, 0], torch.ones_like(labels))
+    tally, taken_for = (gather(part[None]).sum(0).cpu() for part in (tally, taken_for))
+    return tally, taken_for.view(classes, classes) if len(taken_for) else None
 
 
 def metrics(tally, train_counts):
-    """Accuracies in percent: top1 and top5 over pictures; many, medium, few and all over classes.
+    """Accuracies in percent: top1 and top5 over images; many, medium, few and all over classes.
 
     tally [3, classes] of count_right, train_counts [classes]. A group's accuracy is the mean over
-    its classes' (on a balanced test set `all` is top1); None for a group without pictures.
+    its classes' (on a balanced test set `all` is top1). Classes without images are in no mean and
+    have None; so has a group without images.
     """
+    here = tally[0] > 0
     per_class = 100 * tally[1].double() / tally[0]
-    groups = shot_groups(train_counts) | {"all": train_counts > 0}
-    means = {name: per_class[mask].mean().item() for name, mask in groups.items() if mask.any()}
+    groups = shot_groups(train_counts) | {"all": here}
+    groups = {name: per_class[mask & here] for name, mask in groups.items()}
+    means = {n: round(part.mean().item(), 6) if len(part) else None for n, part in groups.items()}
     top1, top5 = (100 * tally[1:].sum(1).double() / tally[0].sum()).tolist()
-    means = {name: round(means[name], 6) if name in means else None for name in groups}
-    return dict(top1=top1, top5=top5, **means, per_class=per_class.tolist())
+    per_class = [value if counts else None for value, counts in zip(per_class.tolist(), here)]
+    return dict(top1=top1, top5=top5, **means, per_class=per_class)
 
 
 def table(results, counts):
     """The results as a person reads them."""
-    limits = dict(many="many, > 100", medium="medium", few="few, < 20")
-    rows = [("shots", "classes", "training pictures", "top-1")]
+    limits = dict(many="many-shot, > 100", medium="medium-shot", few="few-shot, < 20")
+    rows = [("", "classes", "training images", "top-1")]
     for name, mask in shot_groups(counts).items():
         if mask.any():
             span = f"{int(counts[mask].max())} to {int(counts[mask].min())} each"
-            rows.append((limits[name], int(mask.sum()), span, f"{results[name]:.2f}"))
+            accuracy = "-" if results[name] is None else f"{results[name]:.2f}"
+            rows.append((limits[name], int(mask.sum()), span, accuracy))
     rows.append(("all, mean of classes", len(counts), int(counts.sum()), f"{results['all']:.2f}"))
-    rows.append(("top1, mean of pictures", "", "", f"{results['top1']:.2f}"))
-    return "\n".join("{:<24}{:>8}{:>20}{:>8}".format(*row) for row in rows)
+    rows.append(("top1, mean of images", "", "", f"{results['top1']:.2f}"))
+    lines = ["{:<24}{:>8}{:>20}{:>8}".format(*row) for row in rows]
+    missing, split = results["per_class"].count(None), results["reported_on"]
+    if missing:
+        verb = "have" if missing > 1 else "has"
+        lines.append(
+            f"{missing} of {len(counts)} classes {verb} no {split} image and "
+            f"{'are' if missing > 1 else 'is'} left out"
+        )
+    return "\n".join(lines)
+
+
+def worst_confusions(taken_for, names, count=3):
+    """Lines such as "Shirt is called T-shirt: 23 % of 1000 images", the largest shares first.
+
+    taken_for [classes, classes] of count_right.
+    """
+    totals = taken_for.sum(1)
+    shares = taken_for.double() / totals.clamp(min=1)[:, None]
+    shares += 1e-9 * taken_for  # of equal shares that of more images
+    values, places = shares.fill_diagonal_(0).flatten().topk(min(count, shares.numel()))
+    pairs = [(value, *divmod(place, len(names))) for value, place in zip(values, places.tolist())]
+    return [
+        f"{names[label]} is called {names[other]}: {100 * value:.0f} % of {totals[label]} images"
+        for value, label, other in pairs
+        if value > 0
+    ]
 
 
 def train_classifier(encoder, sets, loaders, args, run, processes):
@@ -157,7 +199,7 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
                 dist.broadcast(buffer, 0)
         accuracy = epoch  # without val the last epoch is the best
         if "val" in loaders:
-            tally = count_right(encoder, loaders["val"], run, len(counts), device, args.amp)
+            tally, _ = count_right(encoder, loaders["val"], run, len(counts), device, args.amp)
             accuracy = metrics(tally[0], counts)["all"]
         if accuracy > best["accuracy"]:
             state = copy.deepcopy(encoder.state_dict())
@@ -169,9 +211,63 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
             rate = done * args.batch_size / (time.monotonic() - began)
             text = f"classifier, epoch {epoch}/{args.epochs}  loss {loss.item() / len(logits):.3f}"
             text += f"  val {accuracy:.2f}" if "val" in loaders else ""
-            progress.show(done, f"{text}  {rate:.0f} pictures/s")
+            progress.show(done, f"{text}  {rate:.0f} images/s")
     encoder.load_state_dict(best.pop("model"))
     return best
+
+
+# ----------------------------------------------------------------------------------- predictions
+
+
+class ReadableImages(Loaded):
+    """Batches without the files that cannot be read: images, their indices, and messages."""
+
+    def __getitem__(self, batch):
+        images, indices, problems = [], [], []
+        for index in batch[0]:
+            try:
+                images.append(self.pictures.views([index], [None], self.recipe, 0))
+                indices.append(index)
+            except BadInput as error:
+                problems.append(str(error))
+        return torch.cat(images, dim=1) if images else None, indices, problems
+
+
+@torch.no_grad()
+def predict(args, saved):
+    """Print a JSON line for each image of args.predict, files and folders.
+
+    It has the path, the class, its probability, and the next four classes with theirs. `saved` is
+    the content of model.pth. Exit code 2 if a file could not be read.
+    """
+    rank, world, device = train.start(args)
+    run, names = argparse.Namespace(**saved["args"]["stage1"]), saved["classes"]
+    encoder = Encoder(run.arch, run.experts, len(names)).eval()
+    encoder.load_state_dict(saved["model"])
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    paths = []
+    for path in args.predict:
+        paths += [found for found, _ in data.find_images(path)] if path.is_dir() else [path]
+    files = data.ImageFiles(Path(), list(map(os.fsencode, paths)), [0] * len(paths), "")
+    shard = in_turn(len(files), rank, world)
+    loader = load_batches(files, shard, run, 0, args.workers, device, ReadableImages)
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names of any bytes
+    unreadable = 0
+    for images, indices, problems in loader:
+        for problem in problems:
+            print(f"eval.py: {problem}", file=sys.stderr)
+        unreadable += len(problems)
+        if not indices:
+            continue
+        view = data.evaluation_view(images.to(device), run)
+        logits = encoder.heads(features_of(encoder, view, args.amp)).mean(0)  # [B, classes]
+        top = logits.softmax(1).topk(min(5, len(names)))
+        for index, values, labels in zip(indices, top.values.tolist(), top.indices.tolist()):
+            first, *following = [(names[n], round(p, 6)) for n, p in zip(labels, values)]
+            line = {"path": str(files.path(index)), "class": first[0], "probability": first[1]}
+            print(json.dumps(line | {"next": dict(following)}, ensure_ascii=False))
+    if unreadable:
+        sys.exit(2)
 
 
 # ------------------------------------------------------------------- kNN, summary, export, plots
@@ -193,14 +289,14 @@ def neighbour_accuracy(encoder, train_set, held_out, args, run, device, k=10, te
         return F.normalize(torch.cat(list(features), dim=1), dim=1), pictures.labels.to(device)
 
     (bank, bank_labels), (features, labels) = embed(train_set), embed(held_out)
-    counts = labels.bincount()
+    counts = labels.bincount(minlength=int(bank_labels.max()) + 1)
     right = torch.zeros(len(counts), device=device)
     for rows, own in zip(features.split(256), labels.split(256)):
         cosine, nearest = (rows @ bank.T).topk(min(k, len(bank)))
         votes = rows.new_zeros(len(rows), len(counts))
         votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
         right.index_add_(0, own, (votes.argmax(1) == own).float())
-    return 100 * (right / counts).mean().item()
+    return 100 * (right / counts)[counts > 0].mean().item()
 
 
 def summary(runs):
@@ -213,11 +309,11 @@ def summary(runs):
     for run in finished:
         try:
             results = json.loads((run / "results.json").read_text())
-            settings = results["arguments"].items()
+            settings = flatten(results["arguments"], ignored)
             accuracies = [results[name] for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{run}/results.json cannot be read ({error}): run eval.py") from None
-        settings = {n: json.dumps(v) for n, v in settings if n.split()[-1] not in ignored}
+        settings = {name: json.dumps(value) for name, value in settings.items()}
         groups.setdefault(tuple(sorted(settings.items())), []).append(accuracies)
 
     def mean_and_std(values):
@@ -268,9 +364,11 @@ def draw_accuracy(path, results, names):
     for group, mask in shot_groups(counts).items():
         places = [n for n, label in enumerate(order) if mask[label]]
         for n in places:
-            x, y = left + n * width, bottom - 3 * results["per_class"][order[n]]
-            draw.rectangle((x, y, x + max(0, width - 2), bottom), SHOTS[group])
-        if places:
+            x, accuracy = left + n * width, results["per_class"][order[n]]
+            if accuracy is not None:  # else the class has no test image
+                box = x, bottom - 3 * accuracy, x + max(0, width - 2), bottom
+                draw.rectangle(box, SHOTS[group])
+        if places and results[group] is not None:
             text = f"{group} {results[group]:.1f}"
             draw.text((left + places[0] * width, bottom - 308), text, SHOTS[group], font, "ls")
     for n, label in enumerate(order if len(order) <= 40 else ()):
@@ -297,12 +395,13 @@ def caption(text, width):
 
 @torch.no_grad()
 def draw_activation(path, encoder, pictures, counts, run, names, device, side=160):
-    """Class activation maps (Zhou et al., 2016) of pictures of the four smallest classes.
+    """Class activation maps (Zhou et al., 2016) of images of the four smallest classes.
 
-    The classifier's row of the picture's own class times the feature map, summed over experts:
-    bright is where that class is seen.
+    The classifier's row of the image's own class times the feature map, summed over experts, as
+    colours over the image: red where the class is seen most, blue where least.
     """
-    tail = counts.argsort(stable=True)[:4]
+    here = pictures.labels.unique()
+    tail = here[counts[here].argsort(stable=True)[:4]]
     rows = torch.cat([(pictures.labels == label).nonzero()[:3, 0] for label in tail]).tolist()
     images, labels = pictures.views(rows, rows, run, 0), pictures.labels[rows]
     feature_maps = encoder.eval().feature_maps(data.evaluation_view(images.to(device), run))
@@ -312,10 +411,14 @@ def draw_activation(path, encoder, pictures, counts, run, names, device, side=16
     maps = ((maps - low) / (high - low).clamp(min=1e-12))[:, None]  # [B, 1, h, w]
     maps = F.interpolate(maps, (side, side), mode="bilinear")
     shown = F.interpolate(images[0].expand(-1, 3, -1, -1) / 255, (side, side))
-    strips = [caption(f"{names[c]}: {counts[c]} training pictures", 2 * side) for c in labels]
-    strips = torch.stack([pil_to_tensor(strip) / 255 for strip in strips])
-    both = torch.cat([shown, shown * (0.2 + 0.8 * maps)], dim=3)
-    save_image(torch.cat([both, strips], dim=2), path, nrow=3, pad_value=1)
+    # Each colour's peak: blue at 1/4, green at 1/2, red at 3/4.
+    peaks = torch.tensor([3.0, 2.0, 1.0]).view(3, 1, 1)
+    colors = (1.5 - (4 * maps - peaks).abs()).clamp(0, 1)  # [B, 3, side, side]
+    both = torch.cat([shown, (shown + colors) / 2], dim=3)
+    legend = caption("red: where the class is seen most, blue: least", 2 * side)
+    strips = [caption(f"{names[c]}: {counts[c]} training images", 2 * side) for c in labels]
+    strips = [torch.cat([pil_to_tensor(part) / 255 for part in (s, legend)], 1) for s in strips]
+    save_image(torch.cat([both, torch.stack(strips)], dim=2), path, nrow=3, pad_value=1)
 
 
 # ---------------------------------------------------------------------------- arguments, main
@@ -323,78 +426,91 @@ def draw_activation(path, encoder, pictures, counts, run, names, device, side=16
 # What a setting of the recipe may be, and means.
 STAGE2 = dict(
     epochs=((0, 1e6), "passes over the training set; 0 reports the classifier of --loss ce or la"),
-    batch_size=((1, 1e6), "pictures a step, over all processes"),
-    lr=((1e-8, 1e4), "learning rate of SGD, whatever --batch-size"),
-    weight_decay=((0, 1), "of SGD"),
-    milestones=((0, 1), "shares of the epochs after which the learning rate falls to a tenth"),
-    augment=(None, "train on crops and colours as stage 1's query views, not on whole pictures"),
-    bn=(("train", "eval"), "BatchNorm of the backbone: the batch's statistics, or stage 1's"),
+    batch_size=((1, 1e6), "images in a step, over all processes"),
+    lr=((1e-8, 1e4), "learning rate of SGD, not scaled with the batch size"),
+    weight_decay=((0, 1), "weight decay of SGD"),
+    milestones=((0, 1), "fractions of the run after which the learning rate falls to a tenth"),
+    augment=(None, "train on crops and colours as stage 1's query views, not on whole images"),
+    bn=(("train", "eval"), "statistics of the backbone's BatchNorm: the batch's, or stage 1's"),
 )
 
 
 def parse_args():
-    """The arguments, and the checkpoint of stage 1, whose data set's recipe gives the defaults."""
+    """The arguments, and the run that they name: the content of its checkpoint or its model."""
     where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--checkpoint", "--output", "--dataset"):
+    for flag in ("--checkpoint", "--output", "--dataset", "--predict", "--summary"):
         where.add_argument(flag, nargs="?")
     where = where.parse_known_args()[0]
     output = Path(where.output or Path("runs") / (where.dataset or data.DEFAULT))
     path = Path(where.checkpoint or output / "checkpoint.pth")
-    ahead = path.exists() and not {"-h", "--help", "--summary"} & set(sys.argv)
-    stage1 = load(path, train.STAGE) if ahead else None
-    run = stage1["args"] if stage1 else {}
-    parser = Parser(__doc__, run.get("dataset", where.dataset or data.DEFAULT))
-    parser.settings("stage2", STAGE2)
+    of_file = (output / "model.pth", RESULT, "eval.py") if where.predict else (path, train.STAGE)
+    saved, run = None, {}
+    if of_file[0].exists() and not where.summary:
+        saved = load(*of_file)
+        run = saved["args"]["stage1"] if where.predict else saved["args"]
+    parser = Parser(__doc__, run.get("dataset", where.dataset or data.DEFAULT), "--output RUN")
     add_run_flags(parser)
-    file = dict(type=Path, metavar="FILE")
-    parser.add_argument("--checkpoint", **file, help="of train.py (default: in --output)")
-    parser.add_argument("--knn", action="store_true", help="print kNN accuracy, nothing else")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw accuracy and activation")
-    parser.add_argument("--export", **file, help="write weights by torchvision's names")
-    text = "mean and std of finished runs that differ in seed, nothing else"
-    parser.add_argument("--summary", type=Path, nargs="+", metavar="RUN", help=text)
+    parser.path("checkpoint", "FILE", "checkpoint of train.py (default: the one in --output)")
+    parser.begin("instead of training the classifier")
+    text = "print class, probability and the next four classes of images, as JSON lines"
+    parser.path("predict", "PATH", text, nargs="+")
+    text = "print mean and standard deviation of finished runs that differ in their seed alone"
+    parser.path("summary", "RUN", text, nargs="+")
+    parser.switch("knn", "print the accuracy of nearest neighbours, also while stage 1 trains")
+    parser.begin("besides results.json")
+    parser.path("plots", "DIR", "draw accuracy by class and class activation maps")
+    parser.path("export", "FILE", "write the weights by torchvision's names")
+    parser.begin("classifier")
+    parser.settings("stage2", STAGE2)
     parser.set_defaults(output=path.parent, checkpoint=path)
     parser.set_defaults(**{name: run.get(name) for name in ("data_root", "index_dir", "imbalance")})
     args = parser.parse_args()
     if args.summary:
         return args, None
-    stage1 = stage1 or load(path, train.STAGE)
-    run = stage1["args"]
+    saved = saved or load(*of_file)
+    if args.predict:
+        if data.in_memory(run["dataset"]):
+            raise BadInput(
+                f"--predict: {args.output} was trained on {run['dataset']}, whose images are held "
+                "in memory; it needs a run on image files"
+            )
+        return args, saved
     if args.dataset != run["dataset"]:
         raise BadInput(f"{path} was trained on {run['dataset']}, not on {args.dataset}")
     if args.epochs == 0 and run["loss"] not in train.CLASSIFIERS:
         raise BadInput(f"--epochs 0: {path} has no classifier; --loss ce or la trains one")
     if args.export and (run["arch"] in SMALL_ARCHS or run["experts"] > 1):
         raise BadInput(f"--export: torchvision has no {run['arch']} of {run['experts']} experts")
-    return args, {name: stage1[name] for name in ("args", "step", "encoder")}
+    return args, {name: saved[name] for name in ("args", "step", "encoder")}
 
 
 def main():
-    args, stage1 = parse_args()
+    args, saved = parse_args()
     if args.summary:
         return print(summary(args.summary))
+    if args.predict:
+        return predict(args, saved)
     rank, world, device = processes = train.start(args)
-    run = argparse.Namespace(**stage1["args"])
+    args.stage1 = saved["args"] | dict(step=saved["step"])
+    run = argparse.Namespace(**saved["args"])
     sets = data.load_dataset(run.dataset, args.data_root, args.index_dir, args.imbalance)
-    trained = vars(run) | dict(step=stage1["step"])
-    vars(args).update({f"stage1 {name}": value for name, value in trained.items()})
-    pictures = {split: len(part) for split, part in sets.items()}
-    if pictures != run.pictures:
+    sizes = {split: len(part) for split, part in sets.items()}
+    if sizes != run.pictures:
         raise BadInput(
-            f"{args.checkpoint} was trained with {run.pictures} pictures, these are {pictures}: "
-            "a test could be on some that it has seen"
+            f"{args.checkpoint} was trained with {run.pictures} images, these are {sizes}: test "
+            "images could be among those that it was trained on"
         )
     run.patches = 0  # stage 2 needs none
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
     data.fit_batch(args, len(sets["train"]))
-    encoder = classifier_of(run, stage1.pop("encoder"), len(counts), args.seed, args.epochs == 0)
+    encoder = classifier_of(run, saved.pop("encoder"), len(counts), args.seed, args.epochs == 0)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     if args.knn:
         split = "val" if "val" in sets else "test"
         accuracy = neighbour_accuracy(encoder, sets["train"], sets[split], args, run, device)
         if rank == 0:
-            print(f"kNN on {split}, step {stage1['step']}: {accuracy:.2f}")
+            print(f"kNN on {split}, step {saved['step']}: {accuracy:.2f}")
         return
     for directory in filter(None, (args.output, args.plots, args.export and args.export.parent)):
         directory.mkdir(parents=True, exist_ok=True)
@@ -403,7 +519,6 @@ def main():
 
     reported = "test" if "test" in sets else "val"
     chosen = "val" if {"val", "test"} <= sets.keys() and args.epochs else None
-    frozen = copy.deepcopy([weight for weight in encoder.parameters() if not weight.requires_grad])
     loaders = {}
     for split in {chosen, reported} - {None}:
         shard = in_turn(len(sets[split]), rank, world)
@@ -416,9 +531,7 @@ def main():
         resume(args.output / "classifier.pth", STAGE, args)  # refuses another stage 2's place
 
     # Only now the test set, once, with the epoch that val chose.
-    after = [weight for weight in encoder.parameters() if not weight.requires_grad]
-    assert all(map(torch.equal, frozen, after)), "the frozen backbone changed"
-    tally = count_right(encoder, reporting, run, len(counts), device, args.amp)
+    tally, taken_for = count_right(encoder, reporting, run, len(counts), device, args.amp)
     if rank > 0:
         return
     results, *experts = (metrics(part, counts) for part in tally)
@@ -429,9 +542,13 @@ def main():
         experts=experts if len(experts) > 1 else None, arguments=plain(args),
     )
     save(args.output / "results.json", json.dumps(results, indent=1) + "\n")
+    model = dict(stage=RESULT, args=plain(args), classes=names, model=encoder.state_dict())
+    save(args.output / "model.pth", model)
     print(table(results, counts))
     if len(experts) > 1:
         print("its experts alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
+    if taken_for is not None:
+        print(*worst_confusions(taken_for, names), sep="\n")
     when = f"chosen on val ({best['accuracy']:.2f})" if chosen else "the last"
     when = f"at epoch {best['epoch']}, {when}" if args.epochs else "the classifier of stage 1"
     print(f"on {reported}, {when}; {args.output / 'results.json'}", file=sys.stderr)

@@ -90,7 +90,8 @@ def cross_entropy_step(model, key_encoder, queue, images, labels, shuffle, args,
 def learning_rate(step, per_epoch, args):
     """Linear warm-up, then cosine to 0, per step."""
     peak = args.lr * args.batch_size / 256
-    warmup, steps = args.warmup_epochs * per_epoch, args.epochs * per_epoch
+    steps = args.epochs * per_epoch
+    warmup = round(args.warmup * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -154,12 +155,11 @@ class Shuffle:
     pictures, unshuffled.
     """
 
-    def __init__(self, args, step, rank, world, device):
+    def __init__(self, args, step, rows, device):
         self.seeds = [seed_from(args.seed, step, stream) for stream in (1, 2, 3)]
-        share = args.batch_size // world
-        self.own = self.of_keys = slice(rank * share, (rank + 1) * share)
+        self.own = self.of_keys = rows
         self.batch_size, self.device, self.order = args.batch_size, device, None
-        if world > 1:
+        if dist.is_initialized():
             generator = torch.Generator().manual_seed(self.seeds[0])
             order = torch.randperm(args.batch_size, generator=generator)
             self.order = order.to(device, non_blocking=True)
@@ -212,7 +212,7 @@ def save(path, content):
         raise BadInput(f"{path} cannot be written ({reason}); what stood there is whole") from None
 
 
-def load(path, stage):
+def load(path, stage, script="train.py"):
     """Read what save() wrote; BadInput if it is missing, broken or of another stage."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -220,9 +220,11 @@ def load(path, stage):
             raise ValueError
     except Exception as error:  # torch.load raises many kinds on files that are not its own
         if getattr(error, "filename", None):  # the file could not be opened
-            reason = f"cannot be read ({error.strerror})"
-            raise BadInput(f"{path} {reason}: train first, or name a run's") from None
-        raise BadInput(f"{path} is not a checkpoint of {stage}: move it away") from None
+            raise BadInput(
+                f"{path} cannot be read ({error.strerror}): run {script} first, or name a run's "
+                "directory by --output"
+            ) from None
+        raise BadInput(f"{path} is not a file of {stage}: move it away") from None
     return content
 
 
@@ -231,10 +233,21 @@ def plain(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
-# What may differ while a run goes on; the last four are eval.py's.
+# What may differ while a run goes on; the last five are eval.py's.
 HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"} | {
-    "checkpoint", "plots", "export", "knn"
+    "checkpoint", "plots", "export", "knn", "predict"
 }
+
+
+def flatten(settings, ignored=HARMLESS, prefix=""):
+    """The settings of a run without the ignored ones, those of a nested dict as "name key"."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and name not in ignored:
+            flat |= flatten(value, ignored, f"{prefix}{name} ")
+        elif name not in ignored:
+            flat[prefix + name] = value
+    return flat
 
 
 def resume(path, stage, args):
@@ -243,10 +256,12 @@ def resume(path, stage, args):
     step = saved.get("step", saved.get("epoch")) if saved else -1
     if len(gather(torch.tensor([step])).unique()) > 1:
         raise BadInput(f"processes find different {path}: all hosts must share --output")
-    before, now = saved["args"] if saved else {}, plain(args) if saved else {}
-    names = [name for name in sorted(before | now) if name.split()[-1] not in HARMLESS]
-    old, new = ([run.get(name) for name in names] for run in (before, now))
-    differ = [f"{n} was {a}, now {b}" for n, a, b in zip(names, old, new) if a != b]
+    before, now = (flatten(args) for args in (saved["args"], plain(args))) if saved else ({}, {})
+    differ = [
+        f"{name} was {before.get(name)}, now {now.get(name)}"
+        for name in sorted(before | now)
+        if before.get(name) != now.get(name)
+    ]
     if differ:
         raise BadInput(f"{path} is of another run ({'; '.join(differ)}); choose another --output")
     return saved
@@ -270,32 +285,33 @@ def open_log(path, args, step):
 # Limits or choices, and help, of the flags whose defaults are the recipe's.
 STAGE1 = dict(
     arch=(ARCHS, "backbone"),
-    pretrained=(None, "what it starts from: a file of torchvision's weights, their name, or none"),
+    pretrained=(None, "weights to start from: a file, the name of torchvision's weights, or none"),
     experts=((1, 16), "experts, which share the first stages; stage 2 averages their logits"),
     epochs=((1, 1e6), "passes over the training set"),
-    warmup_epochs=((0, 1e6), "of them, in which the learning rate rises to its peak"),
-    batch_size=((1, 1e6), "pictures a step, over all processes"),
-    lr=((1e-8, 1e3), "peak learning rate for 256 pictures a step; in proportion for others"),
-    weight_decay=((0, 1), "of SGD"),
-    queue_size=((0, 1e7), "keys K in the queue; beyond the training set they are stale copies"),
-    momentum_encoder=((0, 1), "m of the key encoder's moving average"),
-    temperature=((1e-3, 1e3), "tau of both losses; paper: 0.07"),
-    alpha=((0, 1), "DSCL's share of the anchor's own key; paper: 0.1"),
-    pbsd_weight=((0, 1e3), "lambda of PBSD, 0 leaves it out; paper: 1.5"),
+    warmup=((0, 1), "fraction of the run in which the learning rate rises; paper: 0.05"),
+    batch_size=((1, 1e6), "images in a step, over all processes"),
+    lr=((1e-8, 1e3), "peak learning rate for 256 images a step; scaled for other batch sizes"),
+    weight_decay=((0, 1), "weight decay of SGD"),
+    queue_size=((0, 1e7), "keys K in the queue; more than training images are stale copies"),
+    momentum_encoder=((0, 1), "momentum m of the key encoder's moving average"),
+    temperature=((1e-3, 1e3), "temperature tau of both losses; paper: 0.07"),
+    alpha=((0, 1), "weight of the anchor's own key in DSCL; paper: 0.1"),
+    pbsd_weight=((0, 1e3), "weight lambda of PBSD, 0 leaves it out; paper: 1.5"),
 )
 
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.settings("views", data.VIEWS)
-    parser.settings("stage1", STAGE1)
-    losses = "dscl; scl: the own key weighs as any other positive; ce: cross-entropy, no keys; la: "
-    parser.flag("loss", "dscl", ("dscl", "scl", *CLASSIFIERS), losses + "ce with logit adjustment")
     add_run_flags(parser)
-    parser.flag("save_minutes", 30.0, (0, 1e6), "between checkpoints, besides one every epoch")
+    parser.flag("save_minutes", 30.0, (0, 1e6), "minutes between checkpoints within an epoch")
+    parser.begin("training")
+    losses = "dscl, or a baseline: scl weighs the own key as any other positive; ce is "
+    losses += "cross-entropy; la is cross-entropy with logit adjustment"
+    parser.flag("loss", "dscl", ("dscl", "scl", *CLASSIFIERS), losses)
+    parser.settings("stage1", STAGE1)
+    parser.begin("views")
+    parser.settings("views", data.VIEWS)
     args = parser.parse_args()
-    if args.epochs <= args.warmup_epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     if args.loss == "scl":
         args.alpha = None  # the share 1 / (|P_i| + 1)
     if args.loss in CLASSIFIERS:
@@ -311,12 +327,14 @@ def parse_args():
 
 def add_run_flags(parser):
     """The flags of a run of either stage."""
+    parser.begin("run")
     default = Path("runs") / parser.dataset
-    text = f"directory of all that a run writes (default: {default})"
-    parser.add_argument("--output", type=Path, metavar="DIR", default=default, help=text)
+    text = f"directory of all that the run writes (default: {default})"
+    parser.path("output", "DIR", text, default=default)
     parser.flag("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one")
     text = "auto: the networks in bfloat16 where the device computes in it; losses stay float32"
     parser.flag("amp", "auto", ("auto", "off"), text)
+    parser.run_flags()
 
 
 def main():
@@ -366,7 +384,7 @@ def main():
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
         print(
-            f"{args.arch} on {args.dataset}, {len(train_set)} pictures, from step {first} of "
+            f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
             f"{steps}, {per_epoch} an epoch; {world} x {device.type}, {args.amp}", file=sys.stderr,
         )
 
@@ -375,7 +393,7 @@ def main():
     for step, (images, labels) in enumerate(loader, first + 1):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, per_epoch, args)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        shuffle = Shuffle(args, step - 1, rank, world, device)
+        shuffle = Shuffle(args, step - 1, batches.rows, device)
         values = train_step(model, key_encoder, queue, images, labels, shuffle, args)
         values["loss"].backward()
         optimizer.step()
@@ -392,8 +410,9 @@ def main():
             record = dict(epoch=math.ceil(step / per_epoch), step=step)
             record |= dict(zip(values, means.tolist()), lr=lr, images_per_second=rate)
             print(json.dumps(record), file=log)
-            shown = {n: v if isinstance(v, int) else f"{v:.4g}" for n, v in record.items()}
-            progress.show(step, "  ".join(f"{name} {value}" for name, value in shown.items()))
+            terms = "  ".join(f"{name} {record[name]:.4g}" for name in values)
+            epoch = f"epoch {step / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
+            progress.show(step, f"{epoch}  {terms}  {rate:.0f} images/s")
             if step % per_epoch == 0 or logged_at - saved_at > 60 * args.save_minutes:
                 os.fsync(log.fileno())  # the log is never behind the checkpoint
                 parts = {name: part.state_dict() for name, part in state.items()}

@@ -257,7 +257,7 @@ class Ours:
         return *views, torch.randint(CLASSES, (args.batch_size,)).to(self.device)
 
     def loss(self, view, boxes, patches, key_view, labels):
-        shuffle = train.Shuffle(self.args, 0, 0, 1, self.device)
+        shuffle = train.Shuffle(self.args, 0, slice(0, self.args.batch_size), self.device)
         parts = self.encoder, self.key_encoder, self.queue
         given = dict(query_views=lambda *_: (view, boxes, patches), key_view=lambda *_: key_view)
         with mock.patch.multiple(data, **given):

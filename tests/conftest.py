@@ -41,7 +41,7 @@ def folders(root, **splits):
     """Writes pictures as splits, {class: number}, say; returns root."""
     for split, counts in splits.items():
         for name, count in counts.items():
-            (root / split / name).mkdir(parents=True)
+            (root / split / name).mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 Image.new("RGB", (9, 8)).save(root / split / name / f"{number}.png")
     return root

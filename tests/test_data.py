@@ -127,7 +127,7 @@ def test_index_files_may_lie_elsewhere_and_have_blanks_in_their_paths(tmp_path, 
     shutil.copytree(imagenet_tree / "val", root / "val")
     for split in TREE_COUNTS:
         path = tmp_path / f"ImageNet_LT_{split}.txt"
-        refused(f"{path} not found: get it at github", "imagenet_lt", root, tmp_path)
+        refused(f"{path} not found: --index-dir must be .* git clone https://github.com/facebookresearch", "imagenet_lt", root, tmp_path)
         lines = (imagenet_tree / path.name).read_text()
         path.write_text(lines.replace("train/", "my train/"))
     sets = load_dataset("imagenet_lt", root, tmp_path)
@@ -135,7 +135,52 @@ def test_index_files_may_lie_elsewhere_and_have_blanks_in_their_paths(tmp_path, 
     assert sets["train"].path(24) == root / "my train/n00000001/train_0.JPEG"
     # No Python object a line: what every worker would copy by counting references.
     assert sets["train"].paths.dtype.kind == "S" and sets["train"].labels.dtype == torch.int64
-    refused("first picture of .*ImageNet_LT_train.txt", "imagenet_lt", imagenet_tree, tmp_path)
+    refused("first image of .*ImageNet_LT_train.txt", "imagenet_lt", imagenet_tree, tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["imagenet_lt", "places_lt"])
+def test_val_may_be_flat_as_its_archive_is(dataset, tmp_path, imagenet_tree, monkeypatch, capsys):
+    root, name = tmp_path / "root", dict(imagenet_lt="ImageNet", places_lt="Places")[dataset]
+    shutil.copytree(imagenet_tree, root)
+    for path in list(root.glob("val/*/*")):  # ILSVRC2012_val_00000001.JPEG: no name occurs twice
+        path.rename(root / "val" / f"{path.parent.name}_{path.name}")
+        path.parent.rmdir() if not any(path.parent.iterdir()) else None
+    for split in TREE_COUNTS:
+        lines = (root / f"ImageNet_LT_{split}.txt").read_text()
+        lines = re.sub(r"val/(\w+)/", r"val/\1/\1_", lines)
+        (root / f"{name}_LT_{split}.txt").write_text(lines)
+    sets = load_dataset(dataset, root)
+    paths = [sets["test"].path(n) for n in range(12)]
+    assert all(path.parent == root / "val" and path.is_file() for path in paths)
+    assert [int(path.name[8]) for path in paths] == sets["test"].labels.tolist()
+    assert sets["train"].path(0).parent == root / "train" / "n00000000"
+    _, out, _ = command(monkeypatch, capsys, data, "--dataset", dataset, "--data-root", root)
+    assert f"of 3 to 3 images; found in {root}/val, no class folders\n" in out
+    assert "missing" not in out and out.count("no class folders") == 1
+
+
+def test_the_published_json_index_does_as_well(tmp_path, imagenet_tree):
+    for split in TREE_COUNTS:
+        lines = (imagenet_tree / f"ImageNet_LT_{split}.txt").read_text().splitlines()
+        entries = [dict(fpath=p, category_id=int(c)) for p, c in map(str.split, lines)]
+        content = dict(num_classes=4, annotations=entries)
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    sets, same = (load_dataset("imagenet_lt", imagenet_tree, d) for d in (tmp_path, None))
+    for split, files in sets.items():
+        assert files.paths.tolist() == same[split].paths.tolist()
+        assert torch.equal(files.labels, same[split].labels)
+
+
+def test_val_and_test_may_lack_classes(tmp_path, imagenet_tree, monkeypatch, capsys):
+    for split in TREE_COUNTS:
+        lines = (imagenet_tree / f"ImageNet_LT_{split}.txt").read_text().splitlines(keepends=True)
+        kept = lines if split == "train" else lines[-3:]  # of the last one or two classes
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("".join(kept))
+    sets = load_dataset("imagenet_lt", imagenet_tree, tmp_path)
+    assert labels_of(sets) == TREE_COUNTS | dict(val=[0, 0, 1, 2], test=[0, 0, 0, 3])
+    options = "--dataset", "imagenet_lt", "--data-root", imagenet_tree, "--index-dir", tmp_path
+    _, out, _ = command(monkeypatch, capsys, data, *options)
+    assert "val: 3 images, 2 classes of 2 to 1 images; 2 classes have none here\n" in out
 
 
 def test_what_is_wrong_in_an_index_is_named(tmp_path, imagenet_tree):
@@ -147,9 +192,8 @@ def test_what_is_wrong_in_an_index_is_named(tmp_path, imagenet_tree):
         ("val", 8, "\n", "val.txt:9: '' is not"),
         ("test", 12, "val/../../a.jpg 0\n", "test.txt:13: 'val/../../a.jpg 0' is not .* below"),
         ("test", 12, "/etc/a.jpg 0\n", "test.txt:13: '/etc/a.jpg 0' is not"),
-        ("train", 45, "train/a.jpg 6\n", "train.txt: 0 pictures of class 4, .* each of them"),
-        ("test", 12, "val/a.jpg 6\n", "test.txt: 1 pictures of class 6, .* are 0 to 3: "),
-        ("val", 6, "", "val.txt: 0 pictures of class 3, "),
+        ("train", 45, "train/a.jpg 6\n", "train.txt: no image of class 4; .* 0 to 6 without a gap"),
+        ("test", 12, "val/a.jpg 6\n", "test.txt:13: .val/a.jpg 6. is not .* a label from 0 to 3"),
         ("val", 0, "", "val.txt is empty"),
     ):
         for name in TREE_COUNTS:
@@ -176,16 +220,35 @@ def test_inaturalists_own_annotations_do_as_well_as_an_index(tmp_path):
 
 
 def test_folders_of_your_own_are_taken_as_they_are(tmp_path):
-    folders(tmp_path, train=dict(cat=9, ant=5), val=dict(ant=2, cat=3), test=dict(cat=1))
-    refused("/test: 0 pictures of class 0, ", "imagefolder", tmp_path)
-    sets = load_dataset("imagefolder", folders(tmp_path, test=dict(ant=1)))
-    assert labels_of(sets) == dict(train=[5, 9], val=[2, 3], test=[1, 1])
+    folders(tmp_path, train=dict(cat=9, ant=5, dog=0), val=dict(ant=2, cat=3), test=dict(cat=1))
+    sets = load_dataset("imagefolder", tmp_path)
+    assert labels_of(sets) == dict(train=[5, 9], val=[2, 3], test=[0, 1])  # test may lack a class
     assert sets["train"].names == ["ant", "cat"]
     assert sets["val"].path(0).parent == tmp_path / "val" / "ant"
+    (tmp_path / "val").rename(tmp_path / "valid")  # a common name of it
+    assert load_dataset("imagefolder", tmp_path)["val"].path(0).parent == tmp_path / "valid" / "ant"
     folders(tmp_path, test=dict(bee=1))
-    refused("/test: pictures belong in .* folders of the same names", "imagefolder", tmp_path)
+    refused("/test/bee has images, but .*/train/bee has none", "imagefolder", tmp_path)
     shutil.rmtree(tmp_path / "train")
-    refused("/train: pictures belong in", "imagefolder", tmp_path)
+    refused("/train: no images in class folders; they belong in", "imagefolder", tmp_path)
+    root = folders(tmp_path / "one", train=dict(cat=9))
+    refused("/train: only one class, cat; it needs at least two", "imagefolder", root)
+
+
+def test_folders_of_classes_alone_are_the_training_set(tmp_path):
+    for name, count in dict(ant=5, cat=40).items():
+        folders(tmp_path, **{name: {"": count}})
+    sets = load_dataset("imagefolder", tmp_path)
+    assert sets["train"].names == ["ant", "cat"] and sum(map(len, sets.values())) == 45
+    assert all(min(labels_of(sets)[split]) >= 1 for split in ("train", "val", "test"))
+    assert sets["test"].path(0).parent == tmp_path / "ant"
+
+
+def test_unsorted_images_in_test_are_no_test_set(tmp_path, capsys):
+    folders(tmp_path, train=dict(ant=9, cat=9), test={"": 5})
+    sets = load_dataset("imagefolder", tmp_path)
+    assert len(sets["test"]) >= 2 and sets["test"].path(0).parent == tmp_path / "train" / "ant"
+    assert f"{tmp_path}/test: 5 files are left out" in capsys.readouterr().err
 
 
 def test_files_that_are_no_pictures_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys):
@@ -210,9 +273,18 @@ def test_what_folders_lack_is_held_out_of_train(tmp_path):
     again = load_dataset("imagefolder", folders(tmp_path / "b", val=dict(ant=4, cat=2)))
     assert labels_of(again)["val"] == [4, 2]
     assert again["test"].paths.tolist() == sets["test"].paths.tolist()
-    for few, split in enumerate(("train", "val", "test")):
-        root = folders(tmp_path / str(few), train=dict(ant=3, bee=few))
-        refused(f"/{split}: 0 pictures of class 1, ", "imagefolder", root)
+
+
+def test_no_image_is_held_out_of_a_class_of_one_or_two(tmp_path):
+    sets = load_dataset("imagefolder", folders(tmp_path / "a", train=dict(ant=3, bee=1, cat=2)))
+    assert labels_of(sets) == dict(train=[1, 1, 2], val=[1], test=[1])
+    both = dict(train=dict(ant=3, bee=2), test=dict(ant=1, bee=1))
+    sets = load_dataset("imagefolder", folders(tmp_path / "b", **both))
+    assert labels_of(sets) == dict(train=[2, 2], val=[1], test=[1, 1])
+    sets = load_dataset("imagefolder", folders(tmp_path / "c", **both | dict(train=dict(ant=2, bee=1))))
+    assert labels_of(sets) == dict(train=[2, 1], test=[1, 1])  # and no val at all
+    root = folders(tmp_path / "d", train=dict(ant=2, bee=2))
+    refused("/train: no class has the three images", "imagefolder", root)
 
 
 def test_the_path_of_a_picture_alone_says_whether_it_is_held_out():
@@ -267,6 +339,17 @@ def test_pictures_of_every_kind_become_rgb(mode, tmp_path):
     assert image.max() > 150 and image.min() < 60
 
 
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
+def test_grey_of_16_bits_is_read_as_8(kind, tmp_path):
+    pixels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    if kind == "pgm":
+        (tmp_path / "a.pgm").write_bytes(b"P5 64 64 65535\n" + pixels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(pixels).save(tmp_path / f"a.{kind}")
+    expected = torch.tensor((pixels // 256).astype(np.uint8)).expand(3, 64, 64)
+    assert torch.equal(read(tmp_path / f"a.{kind}"), expected)
+
+
 def test_a_jpeg_has_the_pixels_of_pillow(tmp_path):
     pixels = photograph(np.random.default_rng(0), 90, 60)
     for options in (dict(quality=90), dict(quality=60, progressive=True), dict(subsampling=0)):
@@ -279,10 +362,12 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, imagenet_tree):
     whole = next((imagenet_tree / "train" / "n00000000").iterdir()).read_bytes()
     for name, content in (("cut", whole[: len(whole) // 2]), ("none", b""), ("text", b"Sorry.")):
         (tmp_path / name).write_bytes(content)
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep", format="PNG")
-    reasons = dict(deep="only 8 bits a channel", gone="No such file", cut="trunc", none="", text="")
+    Image.fromarray(np.zeros((8, 8), np.int32)).save(tmp_path / "deep", format="TIFF")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "real", format="TIFF")
+    reasons = dict(gone="No such file", cut="trunc", none="", text="")
+    reasons |= dict.fromkeys(("deep", "real"), "its pixels have 32 bits")
     for name, reason in reasons.items():
-        with pytest.raises(BadInput, match=f"/{name} cannot be read as a picture .*{reason}"):
+        with pytest.raises(BadInput, match=f"/{name} cannot be read as an image .*{reason}"):
             read(tmp_path / name)
 
 
@@ -534,23 +619,32 @@ def test_a_data_set_is_checked_before_training(tmp_path, imagenet_tree, monkeypa
     with open(root / "ImageNet_LT_val.txt", "a") as file:
         file.write("train/n00000003/train_0.JPEG 3\n")  # as in train
     code, out, _ = command(*call)
+    counted = [
+        "train: 45 images, 4 classes of 24 to 3 images: 0 many-, 1 medium- and 3 few-shot\n",
+        "val: 9 images, 4 classes of 3 to 2 images\n", "test: 12 images, 4 classes of 3 to 3 images\n",
+        "ImageNet_LT_train.txt: 45 images, 115,846 published",
+    ]
     for said in (
-        "train: 45 pictures, 4 classes of 24 to 3; ", "{'many': 0, 'medium': 1, 'few': 3}\n",
-        "val: 9 pictures, 4 classes of 3 to 2\n", "test: 12 pictures, 4 classes of 3 to 3\n",
-        "ImageNet_LT_train.txt: 45 pictures, 115,846 published", "problems: 5\n",
-        "n00000003/train_0.JPEG is in train and again in val",
-        f"{root}/train/n00000002/train_1.JPEG is missing",
+        *counted, "\n1 of 66 images are missing", f"\n  {root}/train/n00000002/train_1.JPEG\n",
+        "other problems: 4\n", "n00000003/train_0.JPEG is in train and again in val",
     ):
         assert said in out
     assert code == 1 and "test_0.JPEG" not in out
     code, out, _ = command(*call, "--decode")
-    assert code == 1 and "problems: 6\n" in out and f"{cut} cannot be read" in out
+    assert code == 1 and "problems: 5\n" in out and f"{cut} cannot be read" in out
+    # Counts and classes are told even if no image is there.
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "val")
+    code, out, _ = command(*call)
+    assert code == 1 and all(said in out for said in counted)
+    missing = out.partition("66 of 66 images are missing, the first ten:\n")[2].partition("\n\n")[0]
+    assert missing.count("\n") == 9 and f"{root}/train/n00000000/train_0.JPEG" in missing
 
 
 def test_the_check_of_the_shipped_set_finds_no_problem_wherever_it_is_called(tmp_path):
     check = [sys.executable, data.HERE / "data.py"]
     done = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and not done.stderr and "train: 2,478 pictures" in done.stdout
+    assert done.returncode == 0 and not done.stderr and "train: 2,478 images" in done.stdout
 
 
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys):

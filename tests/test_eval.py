@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval as stage2
 from data import BadInput, Pictures, in_turn, load_batches
-from eval import classifier_of, count_right, features_of, metrics, table
+from eval import classifier_of, count_right, features_of, metrics, table, worst_confusions
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def test_metrics_are_class_means_by_group_and_none_where_a_group_is_empty():
     counts = torch.tensor([500, 200, 50, 30, 10])
     tally = torch.tensor([[2, 4, 2, 2, 2], [2, 2, 1, 0, 1], [2, 4, 1, 1, 2]])
-    results = metrics(tally, counts)
+    results = metrics(tally, counts) | dict(reported_on="test")
     assert results["per_class"] == [100, 50, 50, 0, 50]
     assert (results["many"], results["medium"], results["few"]) == (75, 25, 50)
     assert results["all"] == 50 and results["top1"] == 100 * 6 / 12
@@ -28,6 +28,29 @@ def test_metrics_are_class_means_by_group_and_none_where_a_group_is_empty():
     printed = table(results, counts)
     lines = printed.splitlines()
     assert "75.00" in lines[1] and "500 to 200 each" in lines[1] and len(lines) == 6
+
+
+def test_classes_without_test_images_are_in_no_mean_and_the_table_says_so():
+    counts = torch.tensor([500, 200, 50, 30, 10])
+    tally = torch.tensor([[2, 0, 2, 2, 0], [2, 0, 1, 0, 0], [2, 0, 1, 1, 0]])
+    results = metrics(tally, counts) | dict(reported_on="test")
+    assert results["per_class"] == [100, None, 50, 0, None]
+    assert (results["many"], results["medium"], results["few"]) == (100, 25, None)
+    assert results["all"] == 50 and results["top1"] == 50
+    json.dumps(results, allow_nan=False)
+    lines = table(results, counts).splitlines()
+    assert lines[3].split()[-1] == "-"  # few-shot
+    assert lines[-1] == "2 of 5 classes have no test image and are left out"
+
+
+def test_the_worst_confusions_are_named_largest_shares_first():
+    taken_for = torch.tensor([[6, 4, 0], [1, 9, 0], [0, 2, 2]])
+    assert worst_confusions(taken_for, ["Shirt", "T-shirt", "Coat"]) == [
+        "Coat is called T-shirt: 50 % of 4 images", "Shirt is called T-shirt: 40 % of 10 images",
+        "T-shirt is called Shirt: 10 % of 10 images",
+    ]
+    taken_for[2] = torch.tensor([0, 0, 4])
+    assert len(worst_confusions(taken_for, "abc")) == 2  # a class that is always right is not named
 
 
 class Ranks(torch.nn.Module):
@@ -59,11 +82,12 @@ def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size
     images = torch.arange(50)[:, None, None, None].expand(-1, 3, 2, 2) % 8
     pictures = Pictures(images.to(torch.uint8), labels, "made")
     recipe = argparse.Namespace(mean=(0.0,) * 3, std=(1 / 255,) * 3)
-    tally = 0
+    tally = confusion = 0
     for rank in range(world):
         batches = in_turn(len(pictures), rank, world, batch_size)
         loader = load_batches(pictures, batches, recipe, 0, workers, CPU)
-        tally += count_right(Ranks(), loader, recipe, 8, CPU, "off")
+        part, taken_for = count_right(Ranks(), loader, recipe, 8, CPU, "off")
+        tally, confusion = tally + part, confusion + taken_for
     mean, ranks, sure, wrong = tally.tolist()
     counts = labels.bincount().tolist()
     # 2.5 stands behind 7, 6, 5, 4 and 3, those of them that it has not replaced.
@@ -71,6 +95,9 @@ def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size
     assert sure == [counts, counts, counts] and wrong[:2] == [counts, [0] * 8]
     # Between the two that are sure the first decides: 2.5 against the next class's 0 to 7.
     assert mean == [counts, [*counts[:2], 0, 0, 0, 0, 0, counts[7]], counts]
+    assert confusion.sum(1).tolist() == counts and confusion.diagonal().tolist() == mean[1]
+    for label in range(2, 7):
+        assert confusion[label, (label + 1) % 8] == counts[label]
 
 
 def classifier(arch, experts=1):
@@ -102,7 +129,7 @@ def test_nearest_neighbours_vote_by_their_cosine_and_classes_count_alike(monkeyp
     monkeypatch.setattr(
         stage2, "load_batches", lambda pictures, *rest: [(pictures.images[None], pictures.labels)]
     )
-    bank = Pictures(torch.eye(4), torch.tensor([0, 1, 1, 2]), "")
+    bank = Pictures(torch.eye(5)[:, :4], torch.tensor([0, 1, 1, 2, 3]), "")  # 3 is not held out
     held_out = Pictures(rows, torch.tensor([0, 1, 1, 1, 2, 0]), "")
     args = argparse.Namespace(amp="off", workers=0)
     for k in (1, 3):  # the nearest weighs more than two others of another class
@@ -116,7 +143,7 @@ def write_results(run, accuracies, seed=0, alpha=0.1, lr=10.0):
     run.mkdir(parents=True)
     stage1 = dict(seed=seed, alpha=alpha, loss="dscl", output=str(run), amp="bf16", pictures={})
     arguments = dict(seed=seed, lr=lr, output=str(run), plots=None)
-    arguments |= {f"stage1 {name}": value for name, value in stage1.items()}
+    arguments |= dict(stage1=stage1)
     groups = dict(zip(("many", "medium", "few", "all"), accuracies))
     (run / "results.json").write_text(json.dumps(groups | dict(arguments=arguments)))
     return run
@@ -161,8 +188,8 @@ def test_an_exported_network_is_torchvisions_own(arch, tmp_path):
 
 
 def test_bars_stand_at_their_accuracy_in_the_colour_of_their_shots(tmp_path):
-    results = dict(counts=[10, 500, 50], per_class=[100.0, 50.0, 0.0], reported_on="test")
-    results |= dict(many=50.0, medium=0.0, few=100.0, all=50.0)
+    results = dict(counts=[10, 500, 50], per_class=[100.0, 50.0, None], reported_on="test")
+    results |= dict(many=50.0, medium=None, few=100.0, all=75.0)  # bags have no test image
     stage2.draw_accuracy(tmp_path / "a.png", results, ["bööts", "shirts", "bags"])
     many, few = stage2.SHOTS["many"], stage2.SHOTS["few"]
     with Image.open(tmp_path / "a.png") as image:  # shirts, bags, boots; 50 pixels each from 40 on
@@ -173,7 +200,7 @@ def test_bars_stand_at_their_accuracy_in_the_colour_of_their_shots(tmp_path):
         assert len(names.getcolors()) > 5  # they are written
 
 
-def test_an_activation_map_is_bright_where_the_pictures_class_is_seen(tmp_path):
+def test_an_activation_map_is_red_where_the_images_class_is_seen_and_blue_elsewhere(tmp_path):
     encoder, run = classifier("resnet_small", experts=2)
     feature_map = torch.zeros(2, 128, 4, 4)
     feature_map[:, 5, 0, 0] = feature_map[:, 6, 3, 3] = 1.0
@@ -181,13 +208,14 @@ def test_an_activation_map_is_bright_where_the_pictures_class_is_seen(tmp_path):
         head.weight.data.zero_()
         head.weight.data[0, 5] = head.weight.data[1, 6] = 1.0
     encoder.feature_maps = lambda view: [feature_map, feature_map]
-    pictures = Pictures(torch.full((2, 1, 28, 28), 255).byte(), torch.tensor([0, 1]), "")
-    path, counts = tmp_path / "m.png", torch.tensor([5, 9])
-    stage2.draw_activation(path, encoder, pictures, counts, run, ["a", "b"], CPU)
-    with Image.open(path) as image:  # tiles of 320 x 178 pixels: the picture, and its map
-        light = image.convert("L")
-        for left, bright, dark in ((2, (10, 10), (150, 150)), (324, (150, 150), (10, 10))):
-            x = left + 160
-            assert light.getpixel((left + 80, 80)) == 255
-            assert light.getpixel((x + bright[0], 2 + bright[1])) > 250
-            assert light.getpixel((x + dark[0], 2 + dark[1])) < 60
+    path, counts = tmp_path / "m.png", torch.tensor([5, 9, 2])  # the last has no test image
+    for level in (0, 255):  # on dark images as on light ones
+        pictures = Pictures(torch.full((2, 1, 28, 28), level).byte(), torch.tensor([0, 1]), "")
+        stage2.draw_activation(path, encoder, pictures, counts, run, ["a", "b", "c"], CPU)
+        with Image.open(path) as image:  # tiles of 320 x 196 pixels: the image, and its map
+            for left, here, elsewhere in ((2, (10, 10), (150, 150)), (324, (150, 150), (10, 10))):
+                assert image.getpixel((left + 80, 80)) == (level, level, level)
+                red, _, blue = image.getpixel((left + 160 + here[0], 2 + here[1]))
+                assert red > blue + 50
+                red, _, blue = image.getpixel((left + 160 + elsewhere[0], 2 + elsewhere[1]))
+                assert blue > red + 50

@@ -38,7 +38,7 @@ def test_an_exported_network_classifies_every_picture_as_stage_2_did(
                 picture.save(tmp_path / split / name / f"{number}.{'jpg' if number % 3 else 'png'}")
     monkeypatch.chdir(tmp_path)
     options = "--dataset imagefolder --data-root . --arch resnet18 --view-size 33 --patch-size 17"
-    options += " --epochs 1 --warmup-epochs 0 --workers 0 --loss ce --output run --lr 0.01"
+    options += " --epochs 1 --warmup 0 --workers 0 --loss ce --output run --lr 0.01"
     call(train, *options.split())
     call(stage2, *"--output run --workers 0 --amp off --export model.pth".split())
     results = json.loads(Path("run/results.json").read_text())

@@ -63,7 +63,7 @@ def measure(path, data_root):
     measured, progress = [], data.Progress(len(batches))
     for step, (images, labels) in enumerate(loader, saved["step"]):
         images, labels = images.to(device), labels.to(device)
-        shuffle = train.Shuffle(run, step, 0, 1, device)
+        shuffle = train.Shuffle(run, step, slice(0, run.batch_size), device)
         view, _, _ = data.query_views(images[0], shuffle.draws(), run)
         key_view = data.key_view(images[-1], shuffle.draws(keys=True), run)
         z, z_plus = encoder(view)[0], key_encoder(key_view)[0]
