@@ -954,12 +954,38 @@ class Progress:
             print(CLEAR + line, end="" if CLEAR and not last else "\n", file=sys.stderr, flush=True)
 
 
+AGAIN = "the same command goes on from the last checkpoint, or starts again if there is none"
+
+
+def explain(error):
+    """Exit code and message for torch's errors that are no fault of the code; else no message."""
+    text = str(error)
+    first = text.partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return 2, (
+            f"the GPU is out of memory ({first}); use a smaller --batch-size or more GPUs, and "
+            "leave --amp at auto"
+        )
+    if "DataLoader worker" in text or "/torch_" in text:  # the latter is a file of shared memory
+        return 2, (
+            f"a process that decodes images failed ({first}); often shared memory is too small: "
+            "start docker with --ipc=host or --shm-size=8g, or use --workers 0"
+        )
+    if isinstance(error, dist.DistError) or "gloo" in text or "EADDRINUSE" in text:
+        # NCCL tells the cause last. If a process was lost, the same command goes on; if a port is
+        # taken or the network is set up wrongly, it would fail again.
+        cause = text.partition("Last error:")[2].strip().partition("\n")[0] or first
+        lost = any(words in text for words in ("by peer", "Broken pipe", "remote process exited"))
+        message = f"the connection to another process failed ({cause})"
+        return 1, f"{message}; {AGAIN}" if lost else message
+    return 1, None
+
+
 def run(main):
     """Call main(); an end that is no fault of the code is one line and an exit code.
 
-    2: what the user can fix; 130: Ctrl-C; 1: another process of the run died.
+    2: what the user can fix; 130: Ctrl-C; 1: the connection to another process failed.
     """
-    again = "the same command goes on from the last checkpoint, or starts again if there is none"
     try:
         main()
         if dist.is_initialized():
@@ -972,12 +998,11 @@ def run(main):
         reason = error.strerror or str(error).strip().rpartition("\n")[2]
         code, message = 2, f"{error.filename or 'system'}: {reason}"
     except KeyboardInterrupt:
-        code, message = 130, f"interrupted; {again}"
+        code, message = 130, f"interrupted; {AGAIN}"
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        code, message = explain(error)
+        if not message:
             raise
-        reason = str(error).splitlines()[0]
-        code, message = 1, f"the connection to another process failed ({reason}); {again}"
     process = f" (rank {RANK})" if "RANK" in os.environ else ""
     print(f"{CLEAR}{Path(sys.argv[0]).name}{process}: error: {message}", file=sys.stderr)
     sys.exit(code)
@@ -1005,13 +1030,13 @@ def check(sets, args):
     for split, pictures in sets.items():
         counts = pictures.labels.bincount(minlength=classes)
         here = counts[counts > 0]
-        line = f"{split}: {len(pictures):,} images, {len(here):,} classes of {here.max():,} to "
-        line += f"{here.min():,} images"
+        span = f"{here.max():,} to {here.min():,}" if here.max() > here.min() else f"{here.max():,}"
+        line = f"{split}: {len(pictures):,} images, {len(here):,} classes of {span} images"
         if split == "train":
             many, medium, few = (int(mask.sum()) for mask in shot_groups(counts).values())
             line += f": {many} many-, {medium} medium- and {few} few-shot"
         elif len(here) < classes:
-            line += f"; {classes - len(here)} classes have none here"
+            line += f"; {classes - len(here)} of {classes} classes have none"
         layout = getattr(pictures, "layout", "")
         print(line + (f"; {layout}" if layout else ""))
         if published.get(split, len(pictures)) != len(pictures):
@@ -1079,9 +1104,10 @@ def main():
     missing, problems = check(sets, args)
     total = sum(map(len, sets.values()))
     if missing:
-        print(f"\n{len(missing):,} of {total:,} images are missing, the first ten:", end="")
-        print("", *missing[:10], sep="\n  ")
-    print(f"\nother problems: {len(problems)}", *problems[:10], sep="\n  ")
+        title = f"{len(missing):,} of {total:,} images are missing below {sets['train'].root}"
+        print(f"\n{title}, the first ten:", *missing[:10], sep="\n  ")
+    other = "other problems" if missing else "problems"
+    print(f"\n{other}: {len(problems)}", *problems[:10], sep="\n  ")
     sys.exit(1 if missing or problems else 0)
 
 

@@ -118,7 +118,8 @@ def table(results, counts):
     rows = [("", "classes", "training images", "top-1")]
     for name, mask in shot_groups(counts).items():
         if mask.any():
-            span = f"{int(counts[mask].max())} to {int(counts[mask].min())} each"
+            most, least = int(counts[mask].max()), int(counts[mask].min())
+            span = f"{most} to {least} each" if most > least else f"{most} each"
             accuracy = "-" if results[name] is None else f"{results[name]:.2f}"
             rows.append((limits[name], int(mask.sum()), span, accuracy))
     rows.append(("all, mean of classes", len(counts), int(counts.sum()), f"{results['all']:.2f}"))
@@ -547,8 +548,8 @@ def main():
     print(table(results, counts))
     if len(experts) > 1:
         print("its experts alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
-    if taken_for is not None:
-        print(*worst_confusions(taken_for, names), sep="\n")
+    for line in worst_confusions(taken_for, names) if taken_for is not None else ():
+        print(line)
     when = f"chosen on val ({best['accuracy']:.2f})" if chosen else "the last"
     when = f"at epoch {best['epoch']}, {when}" if args.epochs else "the classifier of stage 1"
     print(f"on {reported}, {when}; {args.output / 'results.json'}", file=sys.stderr)

@@ -155,7 +155,7 @@ def test_val_may_be_flat_as_its_archive_is(dataset, tmp_path, imagenet_tree, mon
     assert [int(path.name[8]) for path in paths] == sets["test"].labels.tolist()
     assert sets["train"].path(0).parent == root / "train" / "n00000000"
     _, out, _ = command(monkeypatch, capsys, data, "--dataset", dataset, "--data-root", root)
-    assert f"of 3 to 3 images; found in {root}/val, no class folders\n" in out
+    assert f"of 3 images; found in {root}/val, no class folders\n" in out
     assert "missing" not in out and out.count("no class folders") == 1
 
 
@@ -180,7 +180,7 @@ def test_val_and_test_may_lack_classes(tmp_path, imagenet_tree, monkeypatch, cap
     assert labels_of(sets) == TREE_COUNTS | dict(val=[0, 0, 1, 2], test=[0, 0, 0, 3])
     options = "--dataset", "imagenet_lt", "--data-root", imagenet_tree, "--index-dir", tmp_path
     _, out, _ = command(monkeypatch, capsys, data, *options)
-    assert "val: 3 images, 2 classes of 2 to 1 images; 2 classes have none here\n" in out
+    assert "val: 3 images, 2 classes of 2 to 1 images; 2 of 4 classes have none\n" in out
 
 
 def test_what_is_wrong_in_an_index_is_named(tmp_path, imagenet_tree):
@@ -621,11 +621,11 @@ def test_a_data_set_is_checked_before_training(tmp_path, imagenet_tree, monkeypa
     code, out, _ = command(*call)
     counted = [
         "train: 45 images, 4 classes of 24 to 3 images: 0 many-, 1 medium- and 3 few-shot\n",
-        "val: 9 images, 4 classes of 3 to 2 images\n", "test: 12 images, 4 classes of 3 to 3 images\n",
+        "val: 9 images, 4 classes of 3 to 2 images\n", "test: 12 images, 4 classes of 3 images\n",
         "ImageNet_LT_train.txt: 45 images, 115,846 published",
     ]
     for said in (
-        *counted, "\n1 of 66 images are missing", f"\n  {root}/train/n00000002/train_1.JPEG\n",
+        *counted, f"\n1 of 66 images are missing below {root}, ", f"\n  {root}/train/n00000002/train_1.JPEG\n",
         "other problems: 4\n", "n00000003/train_0.JPEG is in train and again in val",
     ):
         assert said in out
@@ -637,7 +637,7 @@ def test_a_data_set_is_checked_before_training(tmp_path, imagenet_tree, monkeypa
     shutil.rmtree(root / "val")
     code, out, _ = command(*call)
     assert code == 1 and all(said in out for said in counted)
-    missing = out.partition("66 of 66 images are missing, the first ten:\n")[2].partition("\n\n")[0]
+    missing = out.partition(f"66 of 66 images are missing below {root}, the first ten:\n")[2].partition("\n\n")[0]
     assert missing.count("\n") == 9 and f"{root}/train/n00000000/train_0.JPEG" in missing
 
 

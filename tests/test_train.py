@@ -17,6 +17,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from conftest import (
@@ -742,15 +743,36 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(capsys, monkeypatch,
     assert broken.read_bytes() == b"not a checkpoint"
 
 
-def test_ctrl_c_ends_in_one_line(capsys, monkeypatch):
-    def main():
-        raise KeyboardInterrupt
+NCCL = "NCCL error in: a.cpp:1, unhandled system error\nncclSystemError: call failed.\nLast error:\n"
+WORKER = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"
 
-    with pytest.raises(SystemExit) as error:
+
+@pytest.mark.parametrize(
+    "error, code, says, goes_on",
+    [
+        (KeyboardInterrupt(), 130, "interrupted", True),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "out of memory .CUDA out of memory..; use a smaller --b", 0),
+        (RuntimeError(WORKER), 2, "Bus error.* --ipc=host or --shm-size=8g, or use --workers 0", 0),
+        (RuntimeError("unable to write to file </torch_7>: No space left"), 2, "--workers 0", False),
+        (dist.DistBackendError(NCCL + "connect to 10.0.0.1 failed\n"), 1, "connect to 10.0.0.1", False),
+        (dist.DistBackendError(NCCL + "remote process exited"), 1, "remote process exited", True),
+        (RuntimeError("[gloo/pair.cc] Connection closed by peer [::1]:7"), 1, "closed by peer", True),
+        (dist.DistNetworkError("port: 29500, address already in use"), 1, "port: 29500", False),
+    ],
+    ids=["ctrl-c", "memory", "worker", "shared memory", "network", "lost", "lost by gloo", "port"],
+)
+def test_an_end_that_is_no_fault_of_the_code_is_one_line(error, code, says, goes_on, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
         data.run(main)
     said = capsys.readouterr().err
-    assert error.value.code == 130 and said.count("\n") == 1
-    assert "goes on from the last checkpoint, or starts again if there is none" in said
+    assert end.value.code == code and said.count("\n") == 1
+    assert re.search(says, said)
+    assert ("the same command goes on from the last checkpoint" in said) == goes_on
+    with pytest.raises(RuntimeError, match="a bug"):  # anything else is shown whole
+        data.run(lambda: exec("raise RuntimeError('a bug')"))
 
 
 def test_under_torchrun_an_error_names_its_rank():
