@@ -163,7 +163,7 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
     optimizer = torch.optim.SGD(
         encoder.heads.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay
     )
-    epoch, best, saved = 0, dict(accuracy=-1.0), resume(path, STAGE, args)
+    epoch, best, saved = 0, dict(accuracy=-1.0), resume(path, STAGE, args, device)
     if saved:
         encoder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -172,7 +172,9 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
     split = dict(start=epoch * per_epoch, rank=rank, world=world, balanced=True, seed=args.seed)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, **split)
     loader = load_batches(train_set, batches, run, int(args.augment), args.workers, device)
-    heads = DistributedDataParallel(encoder.heads) if world > 1 else encoder.heads
+    heads = encoder.heads
+    if dist.is_initialized():
+        heads = DistributedDataParallel(heads)
     progress, began = Progress(len(batches.steps)), time.monotonic()
     for step, (images, labels) in zip(batches.steps, loader):
         encoder.train(args.bn == "train")
@@ -195,9 +197,7 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
             continue
 
         epoch = (step + 1) // per_epoch
-        if world > 1 and args.bn == "train":  # every process has statistics of its own pictures
-            for buffer in encoder.buffers():
-                dist.broadcast(buffer, 0)
+        train.average_statistics(encoder)
         accuracy = epoch  # without val the last epoch is the best
         if "val" in loaders:
             tally, _ = count_right(encoder, loaders["val"], run, len(counts), device, args.amp)
@@ -529,7 +529,7 @@ def main():
     if args.epochs:
         best = train_classifier(encoder, sets, loaders, args, run, processes)
     else:
-        resume(args.output / "classifier.pth", STAGE, args)  # refuses another stage 2's place
+        resume(args.output / "classifier.pth", STAGE, args, device)  # refuses another stage 2's place
 
     # Only now the test set, once, with the epoch that val chose.
     tally, taken_for = count_right(encoder, reporting, run, len(counts), device, args.amp)

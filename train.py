@@ -109,6 +109,9 @@ def start(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no usable GPU; use --device cpu")
     if args.device != "cpu" and torch.cuda.is_available():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise BadInput(f"{here} processes, but {gpus} GPUs on this host: one process for each")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # a step's shapes are fixed
@@ -117,8 +120,8 @@ def start(args):
         device, can = torch.device("cpu"), getattr(torch.cpu, "get_capabilities", dict)()
         able = can.get("avx512_bf16") or can.get("amx_bf16")
     args.amp = "bf16" if args.amp == "auto" and able else "off"
-    if world > 1:
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     return rank, world, device
 
 
@@ -131,8 +134,9 @@ def gather(tensor, dim=0):
     """The tensors of all processes in rank order, joined along dim; itself if there is one."""
     if not dist.is_initialized():
         return tensor
+    tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    dist.all_gather(parts, tensor)
     return torch.cat(parts, dim)
 
 
@@ -145,6 +149,18 @@ def with_others(z, own):
     world = everyone.shape[1] // z.shape[1]
     z.register_hook(lambda gradient: gradient * world)  # DDP's mean over processes is to be a sum
     return torch.cat([everyone[:, : own.start], z, everyone[:, own.stop :]], dim=1)
+
+
+@torch.no_grad()
+def average_statistics(encoder):
+    """Set the running statistics of BatchNorm to their mean over the processes.
+
+    Every process has those of its own images. Training does not read them; stage 2 may.
+    """
+    if dist.is_initialized():
+        statistics = [buffer for buffer in encoder.buffers() if buffer.is_floating_point()]
+        means = gather(torch.cat(statistics)[None]).mean(0)
+        torch._foreach_copy_(statistics, means.split([len(part) for part in statistics]))
 
 
 class Shuffle:
@@ -184,7 +200,8 @@ class Shuffle:
 
 def check_finite(tensors, step, lr):
     """BadInput if training ran away: no checkpoint ever holds that."""
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+    # The largest absolute values in one launch; NaN and infinity stay what they are.
+    if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
         raise BadInput(
             f"loss or weights are not finite at step {step}, lr {lr:.3g}: try a smaller --lr in "
             "another --output; the last checkpoint, if any, is good and stays"
@@ -250,11 +267,11 @@ def flatten(settings, ignored=HARMLESS, prefix=""):
     return flat
 
 
-def resume(path, stage, args):
+def resume(path, stage, args, device):
     """The checkpoint at `path`, or None; BadInput lists what differs from this run's settings."""
     saved = load(path, stage) if path.exists() else None
     step = saved.get("step", saved.get("epoch")) if saved else -1
-    if len(gather(torch.tensor([step])).unique()) > 1:
+    if len(gather(torch.tensor([step], device=device)).unique()) > 1:
         raise BadInput(f"processes find different {path}: all hosts must share --output")
     before, now = (flatten(args) for args in (saved["args"], plain(args))) if saved else ({}, {})
     differ = [
@@ -303,7 +320,8 @@ STAGE1 = dict(
 def parse_args():
     parser = Parser(__doc__)
     add_run_flags(parser)
-    parser.flag("save_minutes", 30.0, (0, 1e6), "minutes between checkpoints within an epoch")
+    text = "minutes between checkpoints; at the end of an epoch one minute is enough"
+    parser.flag("save_minutes", 30.0, (0, 1e6), text)
     parser.begin("training")
     losses = "dscl, or a baseline: scl weighs the own key as any other positive; ce is "
     losses += "cross-entropy; la is cross-entropy with logit adjustment"
@@ -344,7 +362,7 @@ def main():
     args.pictures = {split: len(part) for split, part in sets.items()}  # must stay, as all of args
     train_set, path = sets["train"], args.output / "checkpoint.pth"
     data.fit_batch(args, len(train_set))
-    saved = resume(path, STAGE, args)
+    saved = resume(path, STAGE, args, device)
 
     torch.manual_seed(args.seed)  # the same weights everywhere
     counts = train_set.labels.bincount().to(device)
@@ -376,10 +394,10 @@ def main():
     loader = load_batches(train_set, batches, args, crops, args.workers, device)
     per_epoch, steps = batches.per_epoch, args.epochs * batches.per_epoch
     model = encoder
-    if world > 1:
+    if dist.is_initialized():
         model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
-        # BatchNorm's buffers stay each process's own: training does not read them. The argument of
-        # this name warns since torch 2.14.
+        # BatchNorm's buffers are averaged at every record instead. The argument of this name warns
+        # since torch 2.14.
         model.broadcast_buffers = False
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
@@ -402,8 +420,14 @@ def main():
         if step % per_epoch % LOG_EVERY:  # 0 at the end of an epoch as well
             continue
 
-        means = gather(sums[None]).mean(0) / since
+        # Rank 0's clock tells all processes when to save.
+        minutes = (time.monotonic() - saved_at) / 60
+        gathered = gather(torch.cat([sums / since, sums.new_tensor([minutes])])[None])
+        means, minutes = gathered[:, :-1].mean(0), gathered[0, -1].item()
         check_finite([means, *encoder.parameters()], step, lr)
+        average_statistics(encoder)
+        due = min(1, args.save_minutes) if step % per_epoch == 0 else args.save_minutes
+        saving = step == steps or minutes >= due
         if rank == 0:
             seconds, logged_at = time.monotonic() - logged_at, time.monotonic()
             rate = round(since * args.batch_size / seconds, 1)
@@ -413,7 +437,7 @@ def main():
             terms = "  ".join(f"{name} {record[name]:.4g}" for name in values)
             epoch = f"epoch {step / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
             progress.show(step, f"{epoch}  {terms}  {rate:.0f} images/s")
-            if step % per_epoch == 0 or logged_at - saved_at > 60 * args.save_minutes:
+            if saving:
                 os.fsync(log.fileno())  # the log is never behind the checkpoint
                 parts = {name: part.state_dict() for name, part in state.items()}
                 save(path, dict(stage=STAGE, args=plain(args), step=step, **parts))

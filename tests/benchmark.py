@@ -38,23 +38,32 @@ from models import Encoder, Queue, frozen_running_statistics, means, roi_means
 
 BATCH, QUEUE, DIM, PATCHES, CLASSES = 256, 65536, 128, 5, 1000
 BATCH_INPUT = 32  # 256 on eight GPUs
-RECIPES = {"fashion_mnist_lt": {}, "imagenet_lt": {"batch_size": 8}}  # a CPU's memory and patience
+# Images in a step: on a CPU what memory and patience allow; on a GPU, for ImageNet-LT, what each of
+# eight, two and one has of the paper's batch.
+SIZES = {"cpu": {"fashion_mnist_lt": [128], "imagenet_lt": [8]}}
+SIZES["cuda"] = SIZES["cpu"] | {"imagenet_lt": [32, 128, 256]}
 
 # ---------------------------------------------------------------------------------- measuring
 
 
 def in_turn(runs, args):
-    """Seconds of each run in every round, {name: [rounds]}; a round before them loads code."""
-    seconds = {name: [] for name in runs}
+    """Seconds of each run in every round, {name: [rounds]}; a round before them loads code.
+
+    With them the seconds until the host had launched the work: on a GPU the rest of the time it
+    waits for the GPU; where both are the same, the GPU waits for the host.
+    """
+    seconds, launching = ({name: [] for name in runs} for _ in range(2))
     for count in range(args.rounds + 1):
         for name, run in runs.items():
             began = time.perf_counter()
             run()
+            launched = time.perf_counter() - began
             if args.device == "cuda":
                 torch.cuda.synchronize()
             if count:
                 seconds[name].append(time.perf_counter() - began)
-    return seconds
+                launching[name].append(launched)
+    return seconds, launching
 
 
 def spread(values, digits=2):
@@ -122,9 +131,10 @@ def compare(args, makes):
         with multiprocessing.get_context("spawn").Pool(1) as process:
             memory[side] = process.apply(peak_megabytes, (partial(make, args.device), args.device))
     steps = {side: make(args.device)[0] for side, make in makes.items()}
-    seconds, results = in_turn(steps, args), {}
-    first, floored = next(iter(seconds.values())), "floor" in seconds
+    (seconds, launching), results = in_turn(steps, args), {}
+    first, floored, gpu = next(iter(seconds.values())), "floor" in seconds, args.device == "cuda"
     rows = [["", "seconds", "speed", "launches", "memory"] + ["over its floor"] * floored]
+    rows[0] += ["launched after"] * gpu
     for side, own in seconds.items():
         with Launches() as launches, mock.patch.dict(BLOCK, clear=True):
             results[side] = steps[side]()
@@ -132,6 +142,7 @@ def compare(args, makes):
         rows[-1] += [f"{launches.count:,}", f"{memory[side]:.0f} MB"]
         if floored:
             rows[-1] += [ratio(own, seconds["floor, bf16" if "bf16" in side else "floor"])]
+        rows[-1] += [spread(launching[side], 4)] * gpu
     show(rows)
     return results
 
@@ -214,8 +225,8 @@ def recipe_of(name, *groups, **changes):
 
 def settings_of(name, **changes):
     """train.py's arguments for a data set's recipe, with a batch for a CPU."""
-    run = dict(seed=0, loss="dscl", amp="off") | RECIPES.get(name, {}) | changes
-    return recipe_of(name, "views", "stage1", **run)
+    run = dict(seed=0, loss="dscl", amp="off", batch_size=SIZES["cpu"][name][0])
+    return recipe_of(name, "views", "stage1", **run | changes)
 
 
 def images_of(args, device):
@@ -337,12 +348,13 @@ def step(args):
     print("a training step, whose views are given; floor: its networks alone; views: making them")
     print(f"{args.rounds} rounds; {machine(args.device)}")
     for name in args.recipes:
-        settings = settings_of(name)
-        print(
-            f"\n{name}: {settings.arch}, {settings.view_size} pixels, {settings.patches} patches "
-            f"of {settings.patch_size}, batch {settings.batch_size}, K = {settings.queue_size}"
-        )
-        compare(args, {side: partial(step_of, side, settings) for side in sides})
+        for size in args.batch_size or SIZES[args.device][name]:
+            settings = settings_of(name, batch_size=size)
+            print(
+                f"\n{name}: {settings.arch}, {settings.view_size} pixels, {settings.patches} "
+                f"patches of {settings.patch_size}, batch {size}, K = {settings.queue_size}"
+            )
+            compare(args, {side: partial(step_of, side, settings) for side in sides})
 
 
 # -------------------------------------------------------------------------------------- input
@@ -436,8 +448,11 @@ def main():
     parser.add_argument("command", choices=commands)
     text = "of losses and step (default: cpu)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
-    text, names = "of step (default: all)", list(RECIPES)
-    parser.add_argument("--recipes", nargs="+", choices=names, default=names, help=text)
+    text, recipes = "of step (default: all)", list(SIZES["cpu"])
+    parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help=text)
+    text = "images in a step (default: 8 for imagenet_lt, on a GPU 32, 128 and 256; else 128)"
+    size = dict(nargs="+", type=number(int, 2, 1e6), metavar="N", help=text)
+    parser.add_argument("--batch-size", **size)
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="of input, its JPEGs")
     for flag, least, default, text in (
         ("--rounds", 1, 7, "timed rounds"),

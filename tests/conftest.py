@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU; tests/gpu.py is for GPUs
+
 import numpy as np
 import pytest
 import torch

@@ -647,6 +647,13 @@ def test_the_check_of_the_shipped_set_finds_no_problem_wherever_it_is_called(tmp
     assert done.returncode == 0 and not done.stderr and "train: 2,478 images" in done.stdout
 
 
+@pytest.mark.parametrize("usable, processes, workers", [(128, 8, 8), (16, 4, 3), (16, 1, 8), (1, 2, 1)])
+def test_workers_leave_a_core_to_each_process(usable, processes, workers, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(usable)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert data.cores() == workers
+
+
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys):
     for arguments, says in (
         ("--dataset imagenet_lt", "--data-root must be the directory of imagenet_lt's"),

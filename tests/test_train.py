@@ -1,6 +1,9 @@
 """Both stages as a user runs them: what they write, resume, repeat, and how they fail."""
 
+import argparse
+import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -40,11 +43,12 @@ from data import DATASETS, HERE, BadInput, Batches, evaluation_view, load_datase
 from models import Encoder
 
 TINY = ["--epochs", "2", "--warmup", "0", "--batch-size", "64", "--patches", "1"]
-TINY += ["--queue-size", "100"]
+TINY += ["--queue-size", "100", "--save-minutes", "0"]  # a checkpoint at every record
 LARGE = ["--view-size", "33", "--patch-size", "17"]
 # What makes a resnet50 on the JPEGs of imagenet_tree affordable.
 FILES = ["--dataset", "imagenet_lt", "--workers", "1", "--view-size", "64", "--patch-size", "32"]
 FILES += ["--patches", "1", "--queue-size", "20", "--batch-size", "16", "--warmup", "0"]
+FILES += ["--save-minutes", "0"]
 
 
 def python(*arguments, **options):
@@ -490,6 +494,67 @@ def test_a_port_that_is_taken_is_named(tmp_path):
         done = python("train.py", "--output", tmp_path, env=os.environ | first)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert f"port: {port}" in done.stderr and "address already in use" in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(BadInput, match="8 processes, but 2 GPUs on this host"):
+        train.start(benchmark.recipe_of("fashion_mnist_lt", device="auto", amp="auto"))
+
+
+def test_the_tests_leave_gpus_alone():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ONE_THREAD["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_tensors_are_gathered_contiguous_and_joined(monkeypatch):
+    def all_gather(parts, tensor):
+        assert all(part.is_contiguous() for part in [*parts, tensor])
+        for rank, part in enumerate(parts):
+            part.copy_(tensor + rank)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    images = torch.randint(200, (4, 6, 5, 3)).byte().permute(0, 3, 1, 2)  # channels last
+    assert torch.equal(train.gather(images), torch.cat([images, images + 1]))
+
+
+def test_running_statistics_are_averaged_over_processes(monkeypatch):
+    encoder = Encoder("resnet_small")
+    before = {name: value.clone() for name, value in encoder.named_buffers()}
+    train.average_statistics(encoder)  # of one process they stay
+    assert states_equal(before, dict(encoder.named_buffers()))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "gather", lambda rows: torch.cat([rows, rows + 2]))
+    train.average_statistics(encoder)
+    for name, value in encoder.named_buffers():
+        torch.testing.assert_close(value, before[name] + value.is_floating_point())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_found_in_a_few_launches(wrong):
+    tensors = [torch.full((3, 2), 1e30), *(torch.randn(7) for _ in range(50))]
+    with benchmark.Launches() as launches:
+        train.check_finite(tensors, 1, 0.1)
+    assert launches.count < 10
+    tensors[30][2] = wrong
+    with pytest.raises(BadInput, match="not finite at step 7"):
+        train.check_finite(tensors, 7, 0.1)
+
+
+@pytest.mark.parametrize("minutes, steps", [(0.9, [18]), (1.1, [9, 18])])
+def test_an_epochs_end_is_saved_if_a_minute_has_passed(
+    minutes, steps, small_root, tmp_path, call, monkeypatch
+):
+    seconds, saved, save = itertools.count(0, 60 * minutes), [], train.save
+    monkeypatch.setattr(train, "time", argparse.Namespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(
+        train, "save", lambda path, content: (saved.append(content), save(path, content))
+    )
+    call(train, *TINY[:-2], "--data-root", small_root, "--output", tmp_path)
+    assert [content["step"] for content in saved if isinstance(content, dict)] == steps
 
 
 def test_two_hosts_meet_at_a_rendezvous(small_root, tmp_path):
