@@ -529,7 +529,8 @@ def main():
     if args.epochs:
         best = train_classifier(encoder, sets, loaders, args, run, processes)
     else:
-        resume(args.output / "classifier.pth", STAGE, args, device)  # refuses another stage 2's place
+        # Refuses to overwrite the results of another stage 2.
+        resume(args.output / "classifier.pth", STAGE, args, device)
 
     # Only now the test set, once, with the epoch that val chose.
     tally, taken_for = count_right(encoder, reporting, run, len(counts), device, args.amp)

@@ -263,7 +263,8 @@ def test_predictions_are_those_that_stage_2_counted(loss, imagenet_tree, tmp_pat
     shutil.copy(path, lone)
     run, stages = tmp_path / "run", dict(dscl=["--epochs", 2], la=["--epochs", 0])
     options = ["--dataset", "small_imagefolder", "--data-root", tmp_path / "data", *TINY[2:-2]]
-    options += ["--queue-size", 20, "--batch-size", 16, "--loss", loss, "--experts", 2, "--lr", 0.02]
+    options += ["--queue-size", 20, "--batch-size", 16, "--loss", loss]
+    options += ["--experts", 2, "--lr", 0.02]
     call(train, *options, "--epochs", 2, "--output", run, "--workers", 0)
     printed = call(stage2, "--output", run, "--workers", 0, *stages[loss]).out
     assert "1 of 5 classes has no test image and is left out\n" in printed
@@ -761,7 +762,7 @@ def fails(capsys, monkeypatch, stage, *arguments):
         (["--loss", "triplet"], "--loss: invalid choice"),
         (["--data-root", "nowhere"], "--data-root must be the directory of fashion_mnist_lt's"),
         (["--bogus"], "unrecognized arguments: --bogus"),
-        (["--imbalance", "10"], "--imbalance: only cifar10_lt and cifar100_lt take it, not fashion"),
+        (["--imbalance", "10"], "--imbalance: only cifar10_lt and cifar100_lt take it"),
         (["--pretrained", "none.pth", "--arch", "resnet18", *LARGE], "no file of resnet18 weights"),
         (["--arch", "resnet18"], "--view-size 20: resnet18 takes 33 pixels or more"),
         (["--arch", "resnet18", *LARGE[:2]], "--patch-size 8: resnet18 takes 17 pixels or more"),
@@ -804,11 +805,12 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(capsys, monkeypatch,
     broken = tmp_path / "run" / "checkpoint.pth"
     broken.parent.mkdir()
     broken.write_bytes(b"not a checkpoint")
-    assert "is not a file of stage 1" in fails(capsys, monkeypatch, train, "--output", broken.parent)
+    line = fails(capsys, monkeypatch, train, "--output", broken.parent)
+    assert "is not a file of stage 1" in line
     assert broken.read_bytes() == b"not a checkpoint"
 
 
-NCCL = "NCCL error in: a.cpp:1, unhandled system error\nncclSystemError: call failed.\nLast error:\n"
+NCCL = "NCCL error in: a.cpp:1, unhandled system error\nncclSystemError: failed.\nLast error:\n"
 WORKER = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"
 
 
@@ -816,12 +818,12 @@ WORKER = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possib
     "error, code, says, goes_on",
     [
         (KeyboardInterrupt(), 130, "interrupted", True),
-        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "out of memory .CUDA out of memory..; use a smaller --b", 0),
-        (RuntimeError(WORKER), 2, "Bus error.* --ipc=host or --shm-size=8g, or use --workers 0", 0),
-        (RuntimeError("unable to write to file </torch_7>: No space left"), 2, "--workers 0", False),
-        (dist.DistBackendError(NCCL + "connect to 10.0.0.1 failed\n"), 1, "connect to 10.0.0.1", False),
+        (torch.OutOfMemoryError("CUDA is full.\nx"), 2, "CUDA is full..; use a smaller --b", False),
+        (RuntimeError(WORKER), 2, "Bus error.* --ipc=host or --shm-size=8g, or use --workers 0", False),
+        (RuntimeError("unable to write to </torch_7>: No space left"), 2, "--workers 0", False),
+        (dist.DistBackendError(NCCL + "connect to a failed\n"), 1, "connect to a failed", False),
         (dist.DistBackendError(NCCL + "remote process exited"), 1, "remote process exited", True),
-        (RuntimeError("[gloo/pair.cc] Connection closed by peer [::1]:7"), 1, "closed by peer", True),
+        (RuntimeError("[gloo/pair.cc] Connection closed by peer"), 1, "closed by peer", True),
         (dist.DistNetworkError("port: 29500, address already in use"), 1, "port: 29500", False),
     ],
     ids=["ctrl-c", "memory", "worker", "shared memory", "network", "lost", "lost by gloo", "port"],

@@ -1,0 +1,250 @@
+"""What to run on a machine with a GPU before training for days: a line and a verdict each.
+
+    python tests/gpu.py            # about a minute; exit code 1 if a check fails
+
+Losses, a training step, the distributed path, host synchronisations, a killed run and a full GPU
+are checked on the GPU against the CPU, or against an undisturbed run. One GPU is enough: NCCL runs
+with one process, and two processes share the GPU through gloo. Without a GPU only what a CPU can
+show is checked.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import benchmark
+import train
+from data import HERE
+from models import Queue
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+LAUNCH = ["-m", "torch.distributed.run", "--standalone"]
+# One process, or a process of torchrun, whose BatchNorm does not see how a batch is divided; and
+# whose processes share one GPU, which NCCL refuses.
+ONE_BATCH = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, ".")
+import data, train
+torch.nn.BatchNorm2d.train = lambda norm, mode=True: torch.nn.Module.train(norm, False)
+os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+join = dist.init_process_group
+dist.init_process_group = lambda backend: join("gloo")
+data.run(train.main)
+"""
+failed = []
+
+
+def verdict(name, passed, text):
+    print(f"{'ok  ' if passed else 'FAIL'}  {name}: {text}", flush=True)
+    failed.extend([] if passed else [name])
+
+
+def differ(ours, reference):
+    """The largest difference of two lists of tensors, each against its largest entry."""
+    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(ours, reference)]
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def begin(*arguments):
+    """Start Python in the project's directory, on one thread beside the others."""
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options |= dict(cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, *map(str, arguments)], **options)
+
+
+def last_record(output):
+    return json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------- one process
+
+
+def check_losses():
+    batch, size, dim = benchmark.BATCH, benchmark.QUEUE, benchmark.DIM
+    torch.manual_seed(0)
+    shapes = (batch, dim), (batch, dim), (size, dim), *[(benchmark.PATCHES, batch, dim)] * 2
+    rows = [F.normalize(torch.randn(shape), dim=-1) for shape in shapes]
+    labels = torch.randint(1000, (batch,)), torch.randint(1000, (size,))
+
+    def losses(device, dtype):
+        query, key, queue, roi, patch = (part.to(device, dtype, copy=True) for part in rows)
+        learned = query.requires_grad_(), patch.requires_grad_()
+        of = [part.to(device) for part in labels]
+        values = benchmark.our_losses(query, key, of[0], queue, of[1], roi, patch)
+        sum(values).backward()
+        return [value.detach() for value in values] + [part.grad for part in learned]
+
+    error = differ(losses(DEVICE, torch.float32), losses("cpu", torch.float64))
+    verdict("losses", error < 1e-4, f"B {batch}, K {size}: {error:.0e} from float64 with gradients")
+
+    def make(factor):
+        with mock.patch.object(benchmark, "QUEUE", factor * size):
+            return benchmark.losses_of("ours", DEVICE)
+
+    once, often = (benchmark.peak_megabytes(partial(make, n), DEVICE.type) for n in (1, 8))
+    flat = often - once < 0.1 * 7 * batch * size * 4 / 2**20  # of the seven [B, K] that K adds
+    verdict("memory", flat, f"losses add {once:.0f} MB at K {size}, {often:.0f} MB at {8 * size}")
+
+
+def check_queue():
+    torch.manual_seed(0)
+    queues = [Queue(100, 2), Queue(100, 2).to(DEVICE)]
+    for count in (64, 64, 30):
+        keys, labels = torch.randn(2, count, 128), torch.randint(9, (count,))
+        for queue in queues:
+            queue.put(keys.to(queue.keys.device), labels.to(queue.keys.device))
+    pairs = [(q.keys.cpu(), q.labels.cpu()) for q in queues]
+    same = all(torch.equal(a, b) for a, b in zip(*pairs))
+    verdict("queue", same, "the keys and labels of three batches, as on the CPU")
+
+
+def check_gather():
+    backend = "nccl" if GPU else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    images = torch.randint(0, 255, (4, 2, 6, 5, 3), dtype=torch.uint8, device=DEVICE)
+    images = images.permute(1, 0, 4, 2, 3)[-1]  # channels last, as the loader gives them
+    verdict("gather", torch.equal(train.gather(images), images), f"channels-last images, {backend}")
+    dist.destroy_process_group()
+
+
+def check_step():
+    """A step of a resnet18 on equal weights and views: loss and gradients."""
+    torch.backends.cudnn.allow_tf32 = False
+    made = dict(arch="resnet18", batch_size=16, queue_size=4096)
+
+    def gradients(device, amp):
+        part = benchmark.Ours(benchmark.settings_of("imagenet_lt", **made, amp=amp), device)
+        loss = part.loss(*(value.to(device) for value in inputs))
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten().cpu() for p in part.encoder.parameters()])
+
+    cpu = torch.device("cpu")
+    inputs = benchmark.Ours(benchmark.settings_of("imagenet_lt", **made), cpu).inputs()
+    loss, gradient = gradients(cpu, "off")
+    limits = ("float32", "off", 1e-4, 1e-3), ("bfloat16", "bf16", 0.02, 0.2)
+    for name, amp, of_loss, of_gradient in limits:
+        value, other = gradients(DEVICE, amp)
+        error, length = abs(value / loss - 1), ((other - gradient).norm() / gradient.norm()).item()
+        text = f"loss {error:.0e}, gradient {length:.0e} from float32 on the CPU"
+        verdict(f"step in {name}", error < of_loss and length < of_gradient, text)
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def check_synchronisations():
+    """How often the host waits for the GPU in each step of a run."""
+    seen, began, rate = [], [], train.learning_rate
+
+    def learning_rate(*arguments):
+        began.append(len(seen))
+        return rate(*arguments)
+
+    with tempfile.TemporaryDirectory() as output, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: seen.append(str(message))
+        sys.argv = ["train.py", "--epochs", "3", "--output", output]
+        train.learning_rate = learning_rate
+        torch.cuda.set_sync_debug_mode("warn")
+        with contextlib.redirect_stderr(io.StringIO()):
+            train.main()
+        torch.cuda.set_sync_debug_mode("default")
+        train.learning_rate = rate
+    waits = [after - before for before, after in zip(began, began[1:])]  # but for the last step
+    records = [waits[step - 1] for step in range(20, len(waits)) if step % 19 in (0, 10)]
+    others = [waits[step - 1] for step in range(20, len(waits)) if step % 19 not in (0, 10)]
+    text = f"{max(others)} in a step, {max(records)} at a record"
+    verdict("waits for the GPU", max(others) == 0 and max(records) <= 10, text)
+
+
+# ------------------------------------------------------------------------------- whole commands
+
+
+def check_distributed(directory):
+    """Runs of an epoch by one process and several: their logs must agree."""
+    options = ["--epochs", 1, "--amp", "off", "--output"]
+    many = [*LAUNCH, "--nproc_per_node=2", "--no-python", sys.executable, "-c", ONE_BATCH]
+    commands = dict(
+        one=["train.py"], alone=[*LAUNCH, "--nproc_per_node=1", "train.py"],
+        whole=["-c", ONE_BATCH], shared=many,
+    )
+    runs = {name: begin(*of, *options, directory / name) for name, of in commands.items()}
+    said = {name: run.communicate()[0] for name, run in runs.items()}
+    for name, reference, text in (
+        ("alone", "one", f"{'NCCL' if GPU else 'gloo'} with one process, DDP and shuffle BN"),
+        ("shared", "whole", "two processes through gloo" + " on one GPU" * GPU),
+    ):
+        try:
+            losses = [last_record(directory / run)["loss"] for run in (name, reference)]
+        except (OSError, IndexError, KeyError):
+            verdict("distributed", False, f"{text}: {said[name][-300:]} {said[reference][-300:]}")
+            continue
+        error = abs(losses[0] / losses[1] - 1)
+        verdict("distributed", error < 1e-3, f"{text}: loss {error:.0e} from one process's")
+
+
+def check_resume(directory):
+    """A run that is killed goes on; eval.py evaluates it."""
+    options = ["train.py", "--epochs", 12, "--save-minutes", 0, "--output"]
+    calm, killed = begin(*options, directory / "calm"), begin(*options, directory / "killed")
+    while not (directory / "killed" / "checkpoint.pth").exists() and killed.poll() is None:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    said = begin(*options, directory / "killed").communicate()[0]
+    calm.communicate()
+    step = re.search(r"from step (\d+) of", said)
+    losses = [last_record(directory / run)["loss"] for run in ("killed", "calm")]
+    error = abs(losses[0] / losses[1] - 1)
+    text = f"went on from step {step and step[1]}, loss {error:.0e} from the undisturbed run's"
+    verdict("resume", step and int(step[1]) > 0 and error < 0.02, text)
+    evaluation = begin("eval.py", "--output", directory / "killed", "--epochs", 2)
+    said = evaluation.communicate()[0]
+    text = re.search(r"all, mean of classes.*", said)
+    verdict("eval.py", evaluation.returncode == 0, text[0] if text else said[-300:])
+
+
+def check_out_of_memory(directory):
+    options = "--arch resnet50 --view-size 512 --batch-size 2048 --patches 1 --patch-size 64"
+    run = begin("train.py", *options.split(), "--output", directory / "full")
+    said = run.communicate()[0]
+    lines = [line for line in said.splitlines() if "error" in line]
+    passed = run.returncode == 2 and len(lines) == 1 and "out of memory" in lines[0]
+    verdict("out of memory", passed, (lines or [said[-300:]])[0][:100])
+
+
+def main():
+    began = time.monotonic()
+    name = torch.cuda.get_device_name() if GPU else "no GPU: what a CPU can check"
+    print(f"{name}, torch {torch.__version__}")
+    check_losses()
+    check_queue()
+    check_gather()
+    check_step()
+    if GPU:
+        check_synchronisations()
+    with tempfile.TemporaryDirectory() as directory:
+        check_distributed(Path(directory))
+        check_resume(Path(directory))
+        if GPU:
+            check_out_of_memory(Path(directory))
+    print(f"{len(failed)} failed; {time.monotonic() - began:.0f} seconds")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
