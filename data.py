@@ -71,6 +71,7 @@ PHOTOGRAPHS = dict(
         temperature=0.07, alpha=0.1, pbsd_weight=1.5,
     ),
     stage2=dict(
+        classifier="balanced", penalty=(1e-2, 1e-1, 1e-3, 1e-4),
         epochs=40, batch_size=2048, lr=10.0, weight_decay=0.0, milestones=(0.5, 0.75),
         augment=True, bn="train",  # as the published code: the test sees statistics of all classes
     ),
@@ -86,7 +87,10 @@ SMALL = row(
         arch="resnet_small", warmup=0.025, batch_size=128, lr=0.6,
         queue_size=1024, momentum_encoder=0.99, pbsd_weight=0.3,
     ),
-    stage2=dict(epochs=20, batch_size=256, weight_decay=5e-4, augment=False, bn="eval"),
+    stage2=dict(
+        classifier="adjusted",
+        epochs=20, batch_size=256, weight_decay=5e-4, augment=False, bn="eval",
+    ),
 )
 
 # 32 x 32; imbalance: the largest class over the smallest. The paper has no CIFAR: this is ours,
@@ -148,7 +152,7 @@ DATASETS = {
             arch="resnet18", epochs=400, warmup=0.025, batch_size=128,
             queue_size=1024, momentum_encoder=0.99,
         ),
-        stage2=dict(batch_size=256, bn="eval"),
+        stage2=dict(classifier="adjusted", batch_size=256, bn="eval"),
     ),
     "small_imagefolder": row(SMALL, source="folder"),
 }
@@ -876,10 +880,11 @@ class Parser(argparse.ArgumentParser):
         """The flags that follow stand under this title in --help."""
         self.group = self.add_argument_group(title)
 
-    def flag(self, name, default, limits, text, kind=None, shown=None):
+    def flag(self, name, default, limits, text, kind=None, shown=None, any_number=False):
         """A flag of its default's type within limits: the smallest and largest, or the choices.
 
-        A flag of a `kind` without default does not apply to this data set and is not shown.
+        A flag of a `kind` without default does not apply to this data set and is not shown. Of a
+        tuple the flag takes as many values as the default has, or any number.
         """
         values = default if isinstance(default, tuple) else (default,)
         shown = shown or " ".join(map(str, values))
@@ -892,7 +897,7 @@ class Parser(argparse.ArgumentParser):
             kind = kind or type(values[0])
             options |= dict(type=number(kind, *limits), metavar="N" if kind is int else "X")
         if values is default:
-            options |= dict(nargs=len(values))
+            options |= dict(nargs="+" if any_number else len(values))
         if default is None:
             options |= dict(help=argparse.SUPPRESS)
         self.group.add_argument("--" + name.replace("_", "-"), **options)
@@ -908,7 +913,7 @@ class Parser(argparse.ArgumentParser):
     def settings(self, group, meanings):
         """Every setting of a group of the recipe as a flag; meanings: {name: (limits, text)}."""
         for name, default in self.recipe[group].items():
-            self.flag(name, default, *meanings[name])
+            self.flag(name, default, *meanings[name], any_number=name == "penalty")
 
     def run_flags(self):
         """The flags that every command has, whatever it computes."""
@@ -919,8 +924,8 @@ class Parser(argparse.ArgumentParser):
         self.flag("seed", 0, (0, 2**63 - 1), "seed of all random numbers")
         self.group.add_argument("-h", "--help", action="help", help="show this and exit")
 
-    def parse_args(self):
-        args = super().parse_args()
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
         for name in ("crop-scale", "patch-scale"):
             smallest, largest = getattr(args, name.replace("-", "_"), (0, 1))
             if smallest > largest:

@@ -152,6 +152,102 @@ def worst_confusions(taken_for, names, count=3):
     ]
 
 
+@torch.no_grad()
+def split_features(encoder, pictures, args, run, processes):
+    """The features of all images of a split, as evaluation sees them, in their order: [E, N, C].
+
+    Every process computes its part, and gets those of the others.
+    """
+    rank, world, device = processes
+    encoder.eval()
+    shard = in_turn(len(pictures), rank, world)
+    loader = load_batches(pictures, shard, run, 0, args.workers, device)
+    views = (data.evaluation_view(images.to(device), run) for images, _ in loader)
+    features = torch.cat([features_of(encoder, view, args.amp) for view in views], dim=1)
+    # Image i is number i // world of process i % world; some processes have one image less.
+    size = -(-len(pictures) // world)
+    features = gather(F.pad(features, (0, 0, 0, size - features.shape[1]))[None])
+    return features.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(pictures)]
+
+
+def class_mean(right, labels, classes):
+    """The mean over the classes that occur of the share of right answers, in percent."""
+    counts = labels.bincount(minlength=classes)
+    right = labels[right].bincount(minlength=classes)
+    return 100 * (right / counts)[counts > 0].mean().item()
+
+
+def regression(features, labels, log_prior, penalty):
+    """Logistic regression with the class prior in its logits: weight [classes, C], bias [classes].
+
+        min over W, b of  mean_i cross_entropy(W x_i + b + log prior, y_i) + penalty |W|^2
+
+    features [N, C] are x_i, labels [N] are y_i. The sum goes over chunks of N, so that memory holds
+    no [N, classes]. The problem is convex and L-BFGS starts from zero: the same result every time.
+    """
+    classes = len(log_prior)
+    weight = features.new_zeros(classes, features.shape[1], requires_grad=True)
+    bias = features.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    def objective():
+        optimizer.zero_grad()
+        total = penalty * weight.square().sum()
+        total.backward()
+        for x, y in zip(features.split(8192), labels.split(8192)):
+            logits = x @ weight.T + bias + log_prior
+            loss = F.cross_entropy(logits, y, reduction="sum") / len(labels)
+            loss.backward()
+            total = total.detach() + loss.detach()
+        return total
+
+    optimizer.step(objective)
+    return weight.detach(), bias.detach()
+
+
+def fit_classifier(encoder, train_set, val_set, args, run, processes):
+    """Solve for the heads on fixed features with logit adjustment (Menon et al., 2021, section 4).
+
+    In training the log of the class frequencies is added to the logits, which corrects for the
+    imbalance as class-balanced sampling does; see `regression`. Features are standardised by the
+    training set's mean and deviation, which weight and bias take up in the end. Every expert has
+    its own. Of several penalties in args.penalty the one with the best class mean on val_set is
+    taken, or the first if that is None. Returns {"accuracy", "penalty"}, the former on val_set.
+    """
+    rank, _, device = processes
+    labels = train_set.labels.to(device)
+    counts = labels.bincount()
+    log_prior = (counts / counts.sum()).log()
+    features = split_features(encoder, train_set, args, run, processes)  # [E, N, C]
+    std, mean = torch.std_mean(features, 1)  # [E, C]
+    std = std.clamp(min=1e-6)  # a feature that is always 0 keeps weight 0
+    features = features.sub_(mean[:, None]).div_(std[:, None])
+    if val_set:
+        held_out = split_features(encoder, val_set, args, run, processes)
+        held_out_labels = val_set.labels.to(device)
+    best = dict(accuracy=-1.0)
+    for penalty in args.penalty if val_set else args.penalty[:1]:
+        for expert, head in enumerate(encoder.heads):
+            weight, bias = regression(features[expert], labels, log_prior, penalty)
+            head.weight.data = weight / std[expert]
+            head.bias.data = bias - head.weight.data @ mean[expert]
+        accuracy = None
+        if val_set:
+            right = encoder.heads(held_out).mean(0).argmax(1) == held_out_labels
+            accuracy = class_mean(right, held_out_labels, len(counts))
+            if rank == 0:
+                print(f"classifier, penalty {penalty:g}  val {accuracy:.2f}", file=sys.stderr)
+        if accuracy is None or accuracy > best["accuracy"]:
+            heads = copy.deepcopy(encoder.heads.state_dict())
+            best = dict(accuracy=accuracy, penalty=penalty, heads=heads)
+    encoder.heads.load_state_dict(best.pop("heads"))
+    for value in encoder.heads.state_dict().values() if dist.is_initialized() else ():
+        dist.broadcast(value, 0)  # the same on all processes
+    return best
+
+
 def train_classifier(encoder, sets, loaders, args, run, processes):
     """Train the heads on class-balanced batches; the best epoch on val, else the last.
 
@@ -275,29 +371,26 @@ def predict(args, saved):
 
 
 @torch.no_grad()
-def neighbour_accuracy(encoder, train_set, held_out, args, run, device, k=10, temperature=0.07):
+def neighbour_accuracy(encoder, train_set, held_out, args, run, processes, k=10, temperature=0.07):
     """Balanced accuracy, in percent, of a vote of the k nearest training pictures.
 
     By the cosine of the backbone's features; a vote weighs exp(cosine / temperature) (Wu et al.,
     2018).
     """
-    encoder.eval()
 
     def embed(pictures):
-        loader = load_batches(pictures, in_turn(len(pictures)), run, 0, args.workers, device)
-        views = (data.evaluation_view(images.to(device), run) for images, _ in loader)
-        features = torch.cat([features_of(encoder, view, args.amp) for view in views], dim=1)
-        return F.normalize(torch.cat(list(features), dim=1), dim=1), pictures.labels.to(device)
+        features = split_features(encoder, pictures, args, run, processes)
+        features = F.normalize(torch.cat(list(features), dim=1), dim=1)
+        return features, pictures.labels.to(features.device)
 
     (bank, bank_labels), (features, labels) = embed(train_set), embed(held_out)
-    counts = labels.bincount(minlength=int(bank_labels.max()) + 1)
-    right = torch.zeros(len(counts), device=device)
+    classes, right = int(bank_labels.max()) + 1, []
     for rows, own in zip(features.split(256), labels.split(256)):
         cosine, nearest = (rows @ bank.T).topk(min(k, len(bank)))
-        votes = rows.new_zeros(len(rows), len(counts))
+        votes = rows.new_zeros(len(rows), classes)
         votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
-        right.index_add_(0, own, (votes.argmax(1) == own).float())
-    return 100 * (right / counts)[counts > 0].mean().item()
+        right.append(votes.argmax(1) == own)
+    return class_mean(torch.cat(right), labels, classes)
 
 
 def summary(runs):
@@ -426,6 +519,14 @@ def draw_activation(path, encoder, pictures, counts, run, names, device, side=16
 
 # What a setting of the recipe may be, and means.
 STAGE2 = dict(
+    classifier=(
+        ("adjusted", "balanced"), "adjusted: logistic regression with logit adjustment, without "
+        "learning rate; balanced: SGD with class-balanced sampling, as in the paper",
+    ),
+    penalty=(
+        (0, 1e6), "penalty of the squared weights, of several the best on val, else the first; "
+        "for --classifier adjusted, and all that follow for balanced"
+    ),
     epochs=((0, 1e6), "passes over the training set; 0 reports the classifier of --loss ce or la"),
     batch_size=((1, 1e6), "images in a step, over all processes"),
     lr=((1e-8, 1e4), "learning rate of SGD, not scaled with the batch size"),
@@ -434,6 +535,24 @@ STAGE2 = dict(
     augment=(None, "train on crops and colours as stage 1's query views, not on whole images"),
     bn=(("train", "eval"), "statistics of the backbone's BatchNorm: the batch's, or stage 1's"),
 )
+
+
+def settle_classifier(parser, args):
+    """Give the settings that no flag gave, and are None, the recipe's values.
+
+    Those of another classifier stay None; given by a flag they are an error. --epochs 0 reports
+    the classifier of stage 1.
+    """
+    recipe = parser.recipe["stage2"]
+    given = {name for name in STAGE2 if getattr(args, name) is not None}
+    kind = "stage1" if args.epochs == 0 else args.classifier or recipe["classifier"]
+    taken = dict(adjusted={"penalty"}, stage1={"epochs"}, balanced=STAGE2.keys() - {"penalty"})
+    for name in STAGE2.keys() - given:
+        setattr(args, name, recipe[name] if name in taken[kind] else None)
+    for name in sorted(given - taken[kind] - {"classifier"}):
+        other = "adjusted" if name == "penalty" else "balanced"
+        parser.error(f"--{name.replace('_', '-')}: this flag is for --classifier {other}")
+    args.classifier = kind
 
 
 def parse_args():
@@ -465,9 +584,10 @@ def parse_args():
     parser.settings("stage2", STAGE2)
     parser.set_defaults(output=path.parent, checkpoint=path)
     parser.set_defaults(**{name: run.get(name) for name in ("data_root", "index_dir", "imbalance")})
-    args = parser.parse_args()
+    args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(STAGE2)))
     if args.summary:
         return args, None
+    settle_classifier(parser, args)
     saved = saved or load(*of_file)
     if args.predict:
         if data.in_memory(run["dataset"]):
@@ -504,12 +624,13 @@ def main():
     run.patches = 0  # stage 2 needs none
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
-    data.fit_batch(args, len(sets["train"]))
+    if args.classifier == "balanced":
+        data.fit_batch(args, len(sets["train"]))
     encoder = classifier_of(run, saved.pop("encoder"), len(counts), args.seed, args.epochs == 0)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     if args.knn:
         split = "val" if "val" in sets else "test"
-        accuracy = neighbour_accuracy(encoder, sets["train"], sets[split], args, run, device)
+        accuracy = neighbour_accuracy(encoder, sets["train"], sets[split], args, run, processes)
         if rank == 0:
             print(f"kNN on {split}, step {saved['step']}: {accuracy:.2f}")
         return
@@ -519,27 +640,30 @@ def main():
             raise BadInput(f"{directory} cannot be written")
 
     reported = "test" if "test" in sets else "val"
-    chosen = "val" if {"val", "test"} <= sets.keys() and args.epochs else None
+    fitted = args.classifier != "stage1"
+    chosen = "val" if {"val", "test"} <= sets.keys() and fitted else None
     loaders = {}
     for split in {chosen, reported} - {None}:
         shard = in_turn(len(sets[split]), rank, world)
         loaders[split] = load_batches(sets[split], shard, run, 0, args.workers, device)
     reporting = loaders.pop(reported)
-    best = dict(accuracy=None, epoch=0)
-    if args.epochs:
+    best = dict(accuracy=None)
+    if args.classifier == "balanced":
         best = train_classifier(encoder, sets, loaders, args, run, processes)
     else:
         # Refuses to overwrite the results of another stage 2.
         resume(args.output / "classifier.pth", STAGE, args, device)
+    if args.classifier == "adjusted":
+        best = fit_classifier(encoder, sets["train"], sets.get(chosen), args, run, processes)
 
-    # Only now the test set, once, with the epoch that val chose.
+    # Only now the test set, once, with what val chose.
     tally, taken_for = count_right(encoder, reporting, run, len(counts), device, args.amp)
     if rank > 0:
         return
     results, *experts = (metrics(part, counts) for part in tally)
     results |= dict(
         reported_on=reported, chosen_on=chosen, val=best["accuracy"] if chosen else None,
-        epoch=best["epoch"], classes=sets["train"].names, counts=counts.tolist(),
+        classifier=args.classifier, epoch=best.get("epoch"), penalty=best.get("penalty"), classes=sets["train"].names, counts=counts.tolist(),
         reported_counts=tally[0, 0].tolist(),
         experts=experts if len(experts) > 1 else None, arguments=plain(args),
     )
@@ -551,9 +675,12 @@ def main():
         print("its experts alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
     for line in worst_confusions(taken_for, names) if taken_for is not None else ():
         print(line)
-    when = f"chosen on val ({best['accuracy']:.2f})" if chosen else "the last"
-    when = f"at epoch {best['epoch']}, {when}" if args.epochs else "the classifier of stage 1"
-    print(f"on {reported}, {when}; {args.output / 'results.json'}", file=sys.stderr)
+    what = dict(
+        balanced=f"balanced, epoch {best.get('epoch')}", stage1="of stage 1",
+        adjusted=f"adjusted, penalty {best.get('penalty')}",
+    )[args.classifier]
+    what += f", chosen on val ({best['accuracy']:.2f})" if chosen else ""
+    print(f"on {reported}; classifier {what}; {args.output / 'results.json'}", file=sys.stderr)
     if args.plots:
         draw_accuracy(args.plots / "accuracy.png", results, names)
         where = args.plots / "activation.png"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from PIL import Image
 
 import eval as stage2
 from data import BadInput, Pictures, in_turn, load_batches
-from eval import classifier_of, count_right, features_of, metrics, table, worst_confusions
+from eval import (
+    classifier_of,
+    count_right,
+    features_of,
+    metrics,
+    regression,
+    table,
+    worst_confusions,
+)
 
 CPU = torch.device("cpu")
 
@@ -122,19 +131,83 @@ def test_only_the_classifiers_train_and_bn_decides_about_the_statistics(bn):
     assert moved == (bn == "train")
 
 
+def test_the_regression_is_the_minimum_of_its_objective():
+    torch.manual_seed(0)
+    labels = torch.arange(400).sqrt().long() // 5  # four classes of 25 to 175
+    log_prior = (labels.bincount() / 400).log()
+    features = torch.randn(400, 6, dtype=torch.float64) + 0.5 * torch.randn(4, 6)[labels]
+    weight, bias = (part.requires_grad_() for part in regression(features, labels, log_prior, 0.01))
+    logits = features @ weight.T + bias + log_prior.double()
+    objective = torch.nn.functional.cross_entropy(logits, labels) + 0.01 * weight.square().sum()
+    objective.backward()  # convex: where the gradient is 0 is the minimum
+    assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
+    # Features that say nothing: the prior explains the labels, and the logits prefer no class.
+    weight, bias = regression(torch.randn(400, 3) * 1e-3, labels, log_prior, 1.0)
+    assert weight.abs().max() < 1e-2 and (bias - bias.mean()).abs().max() < 1e-2
+
+
+def test_the_regression_sums_over_chunks():
+    torch.manual_seed(0)
+    features, labels = torch.randn(20000, 5), torch.randint(3, (20000,))
+    labels[:50], features[:50] = 0, 3.0
+    seen, entropy = set(), torch.nn.functional.cross_entropy
+
+    def watched(logits, *rest, **options):
+        seen.add(len(logits))
+        return entropy(logits, *rest, **options)
+
+    with mock.patch.object(stage2.F, "cross_entropy", watched):
+        whole = regression(features, labels, torch.zeros(3), 0.1)
+    assert max(seen) < 10000
+    weight, bias = (part.requires_grad_() for part in whole)
+    (entropy(features @ weight.T + bias, labels) + 0.1 * weight.square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
+
+
+def test_a_fit_is_of_the_features_as_they_are_each_experts_its_own(monkeypatch):
+    torch.manual_seed(0)
+    encoder, _ = classifier("resnet_small", experts=2)
+    labels = torch.arange(140) % 7
+    features = 5 + 3 * torch.randn(2, 140, 128) + 4 * torch.randn(2, 7, 128)[:, labels]
+    features[:, :, 9] = 0  # a feature that says nothing
+    monkeypatch.setattr(stage2, "split_features", lambda *_: features.clone())
+    pictures, args = Pictures(None, labels, ""), argparse.Namespace(penalty=(0.01, 1.0))
+    best = stage2.fit_classifier(encoder, pictures, None, args, None, (0, 1, CPU))
+    assert best == dict(accuracy=None, penalty=0.01)  # without val the first
+    std, mean = torch.std_mean(features, 1)
+    standardised = (features - mean[:, None]) / std.clamp(min=1e-6)[:, None]
+    log_prior = torch.full((7,), 1 / 7).log()
+    for expert, head in enumerate(encoder.heads):
+        weight, bias = regression(standardised[expert], labels, log_prior, 0.01)
+        expected = standardised[expert] @ weight.T + bias
+        torch.testing.assert_close(head(features[expert]), expected, atol=1e-3, rtol=1e-3)
+    assert not torch.equal(encoder.heads[0].weight, encoder.heads[1].weight)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_features_of_all_processes_are_in_the_order_of_the_images(world, monkeypatch):
+    images = torch.arange(20)[:, None, None, None].expand(-1, 1, 2, 2).to(torch.uint8)
+    pictures = Pictures(images, torch.zeros(20).long(), "made")
+    monkeypatch.setattr(stage2, "features_of", lambda e, view, amp: view[None, :, :2, 0, 0])
+    monkeypatch.setattr(stage2.data, "evaluation_view", lambda images, run: images[0].float())
+    args, parts = argparse.Namespace(workers=0, amp="off"), []
+    monkeypatch.setattr(stage2, "gather", lambda part: parts.append(part) or part)
+    for rank in range(world):
+        stage2.split_features(torch.nn.Identity(), pictures, args, None, (rank, world, CPU))
+    gathered = torch.cat(parts)
+    monkeypatch.setattr(stage2, "gather", lambda part: gathered)
+    features = stage2.split_features(torch.nn.Identity(), pictures, args, None, (0, world, CPU))
+    assert features[0, :, 0].tolist() == list(range(20))
+
+
 def test_nearest_neighbours_vote_by_their_cosine_and_classes_count_alike(monkeypatch):
     rows = torch.nn.functional.normalize(torch.eye(4)[[0, 0, 1, 2, 3, 3]] + 0.5 * torch.eye(4)[1])
-    monkeypatch.setattr(stage2, "features_of", lambda encoder, view, amp: view)
-    monkeypatch.setattr(stage2.data, "evaluation_view", lambda images, run: images)
-    monkeypatch.setattr(
-        stage2, "load_batches", lambda pictures, *rest: [(pictures.images[None], pictures.labels)]
-    )
+    monkeypatch.setattr(stage2, "split_features", lambda _, pictures, *rest: pictures.images[None])
     bank = Pictures(torch.eye(5)[:, :4], torch.tensor([0, 1, 1, 2, 3]), "")  # 3 is not held out
     held_out = Pictures(rows, torch.tensor([0, 1, 1, 1, 2, 0]), "")
-    args = argparse.Namespace(amp="off", workers=0)
     for k in (1, 3):  # the nearest weighs more than two others of another class
         accuracy = stage2.neighbour_accuracy(
-            torch.nn.Identity(), bank, held_out, args, None, CPU, k=k
+            torch.nn.Identity(), bank, held_out, None, None, (0, 1, CPU), k=k
         )
         assert accuracy == pytest.approx(100 * (1 / 2 + 2 / 3 + 1) / 3)
 
