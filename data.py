@@ -49,7 +49,7 @@ RANK = int(os.environ.get("RANK", 0))  # of this process, as torchrun sets it
 # ------------------------------------------------------------------------------------- recipes
 
 
-def row(base, **changes):
+def derive(base, **changes):
     """A recipe, and what differs from it."""
     return base | {k: base.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()}
 
@@ -77,10 +77,10 @@ PHOTOGRAPHS = dict(
     ),
 )
 
-# Small pictures in memory, cut on the device. What differs is ours, chosen on held-out pictures of
+# Small images in memory, cut on the device. What differs is ours, chosen on held-out images of
 # Fashion-MNIST-LT: so few pixels are blurred enough, and crops of them shift what a small frozen
 # backbone gives.
-SMALL = row(
+SMALL = derive(
     PHOTOGRAPHS,
     views=dict(view_size=32, crop_scale=(0.3, 1.0), blur_p=0.0, patches=2, patch_size=16),
     stage1=dict(
@@ -94,15 +94,15 @@ SMALL = row(
 )
 
 # 32 x 32; imbalance: the largest class over the smallest. The paper has no CIFAR: this is ours,
-# chosen on held-out training pictures of CIFAR-100-LT, and not again for CIFAR-10-LT.
-CIFAR = row(
+# chosen on held-out training images of CIFAR-100-LT, and not again for CIFAR-10-LT.
+CIFAR = derive(
     SMALL, source="cifar", imbalance=100.0,
     stage1=dict(queue_size=4096, pbsd_weight=1.0), stage2=dict(weight_decay=1e-4),
 )
 
 DATASETS = {
-    # 28 x 28 grey, 1000 to 10 pictures a class; a recipe for minutes on two CPU cores.
-    "fashion_mnist_lt": row(
+    # 28 x 28 grey, 1000 to 10 images a class; a recipe for minutes on two CPU cores.
+    "fashion_mnist_lt": derive(
         SMALL,
         source="npz", root=HERE / "tests",
         names="T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split(),
@@ -112,22 +112,22 @@ DATASETS = {
         ),
         stage1=dict(epochs=120, warmup=0.0417, queue_size=256),
     ),
-    "cifar10_lt": row(
+    "cifar10_lt": derive(
         CIFAR, files=CIFAR10,
         views=dict(mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262)),
     ),
-    "cifar100_lt": row(
+    "cifar100_lt": derive(
         CIFAR, files=CIFAR100,
         views=dict(mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276)),
     ),
-    "imagenet_lt": row(
+    "imagenet_lt": derive(
         PHOTOGRAPHS,
         source="index", index=("ImageNet_LT_{}.txt", "{}.json"),
         index_folder="ImageNet_LT", published=dict(train=115846, val=20000, test=50000),
     ),
     # Starts from ImageNet's weights, as the field does. Epochs, lr and K are ours, not tuned: a
     # short fine-tuning, and a queue that holds half the training set, as on ImageNet-LT.
-    "places_lt": row(
+    "places_lt": derive(
         PHOTOGRAPHS,
         source="index", index=("Places_LT_{}.txt", "{}.json"),
         index_folder="Places_LT", published=dict(train=62500, val=7300, test=36500),
@@ -136,8 +136,8 @@ DATASETS = {
             epochs=30, warmup=0.0667, lr=0.05, queue_size=32768,
         ),
     ),
-    # Half the epochs over four times the pictures; ours, as is the rest, not tuned.
-    "inaturalist18": row(
+    # Half the epochs over four times the images; ours, as is the rest, not tuned.
+    "inaturalist18": derive(
         PHOTOGRAPHS,
         source="index", index=("iNaturalist18_{}.txt", "{}2018.json"),
         index_folder="iNaturalist18",
@@ -146,7 +146,7 @@ DATASETS = {
     ),
     # Your own images, DATA_ROOT/<class>/* or DATA_ROOT/{train,val,test}/<class>/*: a few thousand
     # photographs, or images of 32 to 64 pixels. Ours, not tuned; README says what to set for more.
-    "imagefolder": row(
+    "imagefolder": derive(
         PHOTOGRAPHS, source="folder",
         stage1=dict(
             arch="resnet18", epochs=400, warmup=0.025, batch_size=128,
@@ -154,7 +154,7 @@ DATASETS = {
         ),
         stage2=dict(classifier="adjusted", batch_size=256, bn="eval"),
     ),
-    "small_imagefolder": row(SMALL, source="folder"),
+    "small_imagefolder": derive(SMALL, source="folder"),
 }
 
 # What a setting may be, and means.
@@ -197,9 +197,9 @@ def constant(values, device):
 
 
 class Draws:
-    """Random numbers for the views of pictures, the same in any number of processes.
+    """Random numbers for the views of images, the same in any number of processes.
 
-    Drawn for all `batch_size` pictures of the global batch, of which `rows` are this process's;
+    Drawn for all `batch_size` images of the global batch, of which `rows` are this process's;
     `copies` of each, one after another, for its patches.
     """
 
@@ -208,7 +208,7 @@ class Draws:
         self.batch_size, self.rows, self.device, self.copies = batch_size, rows, device, 1
 
     def uniform(self, low, high, *shape):
-        """Uniform in [low, high]: [copies * pictures, *shape]."""
+        """Uniform in [low, high]: [copies * images, *shape]."""
         shape = self.copies, self.batch_size, *shape
         draw = torch.empty(shape, device=self.device).uniform_(low, high, generator=self.generator)
         return draw[:, self.rows].flatten(0, 1)
@@ -233,8 +233,8 @@ def random_boxes(draws, size, scale, tries=10):
 def crop(images, boxes, size):
     """Cut and resize: images [B, C, H, W] and boxes [n B, 4] to [n B, C, size, size].
 
-    Box i is of picture i mod B, in pixels. RoIAlign is a bilinear resize, averaging when it
-    shrinks, for all pictures at once.
+    Box i is of image i mod B, in pixels. RoIAlign is a bilinear resize, averaging when it
+    shrinks, for all images at once.
     """
     rows = torch.arange(len(images), device=boxes.device, dtype=boxes.dtype)
     rows = rows.repeat(len(boxes) // len(images))
@@ -242,7 +242,7 @@ def crop(images, boxes, size):
 
 
 def random_flip(images, draws):
-    """Mirror each picture with probability 1/2."""
+    """Mirror each image with probability 1/2."""
     flip = draws.uniform(0, 1, 1, 1, 1) < 0.5
     return torch.where(flip, images.flip(3), images)
 
@@ -255,7 +255,7 @@ HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
 
 
 def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
-    """Colour jitter and random grey of each picture as one affine map of its pixels: [B, 3, 4].
+    """Colour jitter and random grey of each image as one affine map of its pixels: [B, 3, 4].
 
     channel_means [B, 3], pixels in [0, 1]. `jitter` (brightness, contrast, saturation, hue) as in
     torchvision's ColorJitter, with probability jitter_p. But hue is a rotation in YIQ where
@@ -273,14 +273,14 @@ def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
 
     turn = hues[0] + angle.cos() * hues[1] + angle.sin() * hues[2]
     matrix = brightness * contrast * (turn @ torch.lerp(grey, identity, saturation))
-    # Contrast mixes with the mean grey of the picture, which saturation and hue leave as it is.
+    # Contrast mixes with the mean grey of the image, which saturation and hue leave as it is.
     offset = brightness * (1 - contrast) * (channel_means @ luma)[:, None, None]
     matrix = torch.cat([matrix, offset.expand(-1, 3, 1)], dim=2)
     matrix = torch.where(draws.uniform(0, 1, 1, 1) < jitter_p, matrix, unchanged)
     return torch.where(draws.uniform(0, 1, 1, 1) < grey_p, grey @ matrix, matrix)
 
 
-def change_colors(images, matrices):
+def color_transform(images, matrices):
     """Apply color_matrices to float images [B, 1 or 3, H, W] in [0, 1]; returns [B, 3, H, W]."""
     pixels = images.expand(-1, 3, -1, -1).flatten(2).contiguous()  # else baddbmm is 10x as slow
     changed = torch.baddbmm(matrices[:, :, 3:], matrices[:, :, :3], pixels)
@@ -288,7 +288,7 @@ def change_colors(images, matrices):
 
 
 def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
-    """Gaussian blur of each picture with the given probability; sigma uniform, in pixels."""
+    """Gaussian blur of each image with the given probability; sigma uniform, in pixels."""
     if not probability:
         return images
     count, channels, height, width = images.shape
@@ -305,72 +305,72 @@ def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
     return planes.view(images.shape)
 
 
-def recipe_colors(recipe, device):
+def mean_and_std(cfg, device):
     """The channels' mean and std, each [3, 1, 1]."""
-    return (constant(tuple(v), device)[:, None, None] for v in (recipe.mean, recipe.std))
+    return (constant(tuple(v), device)[:, None, None] for v in (cfg.mean, cfg.std))
 
 
-def normalize(images, recipe):
+def normalize(images, cfg):
     """Float images [B, 1 or 3, H, W] in [0, 1] to three standardised channels, channels last."""
-    mean, std = recipe_colors(recipe, images.device)
+    mean, std = mean_and_std(cfg, images.device)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def change_pixels(images, draws, recipe, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0):
+def photometric(images, draws, cfg, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0):
     """Colour changes, blur and normalisation of images [B, C, H, W] in [0, 1]."""
     means = images.mean((2, 3)).expand(-1, 3)
-    images = change_colors(images, color_matrices(means, draws, jitter, jitter_p, grey_p))
-    return normalize(random_blur(images, draws, blur_p), recipe)
+    images = color_transform(images, color_matrices(means, draws, jitter, jitter_p, grey_p))
+    return normalize(random_blur(images, draws, blur_p), cfg)
 
 
-def random_view(images, draws, recipe):
-    """uint8 crops [B, C, V, V], or whole pictures to cut, as a view: float [B, C, V, V] in [0, 1].
+def random_view(images, draws, cfg):
+    """uint8 crops [B, C, V, V], or whole images to cut, as a view: float [B, C, V, V] in [0, 1].
 
     A random flip, and a random resized crop of what the workers have not cut.
     """
     images = images.float() / 255
-    if in_memory(recipe.dataset):
-        boxes = random_boxes(draws, images.shape[-1], recipe.crop_scale)
-        images = crop(images, boxes, recipe.view_size)
+    if in_memory(cfg.dataset):
+        boxes = random_boxes(draws, images.shape[-1], cfg.crop_scale)
+        images = crop(images, boxes, cfg.view_size)
     return random_flip(images, draws)
 
 
-def evaluation_view(images, recipe):
+def evaluation_view(images, cfg):
     """uint8 images [1, B, C, H, W], whole or their centre, only normalised: [B, 3, H, W]."""
-    return normalize(images[0].float() / 255, recipe)
+    return normalize(images[0].float() / 255, cfg)
 
 
-def query_views(images, draws, recipe):
-    """What the trained encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut.
+def query_views(images, draws, cfg):
+    """What the trained encoder sees of uint8 crops [B, C, V, V], or whole images to cut.
 
-    The query view [B, 3, V, V], L = recipe.patches boxes a picture [L, B, 4] in its pixels, drawn
+    The query view [B, 3, V, V], L = cfg.patches boxes an image [L, B, 4] in its pixels, drawn
     after its crop and flip, and these regions before its colour changes as patches
     [L, B, 3, S, S]; None and None without patches.
     """
-    view, count = random_view(images, draws, recipe), recipe.patches
-    changes = recipe.query_jitter, recipe.query_jitter_p, recipe.grey_p, recipe.blur_p
+    view, count = random_view(images, draws, cfg), cfg.patches
+    changes = cfg.query_jitter, cfg.query_jitter_p, cfg.grey_p, cfg.blur_p
     boxes = patches = None
     if count:
-        of_patches = copy(draws)  # the stream goes on, with `count` rows a picture
+        of_patches = copy(draws)  # the stream goes on, with `count` rows an image
         of_patches.copies = count
-        boxes = random_boxes(of_patches, recipe.view_size, recipe.patch_scale)
-        patches = random_flip(crop(view, boxes, recipe.patch_size), of_patches)
-        patches = change_pixels(patches, of_patches, recipe, *changes)
+        boxes = random_boxes(of_patches, cfg.view_size, cfg.patch_scale)
+        patches = random_flip(crop(view, boxes, cfg.patch_size), of_patches)
+        patches = photometric(patches, of_patches, cfg, *changes)
         patches = patches.unflatten(0, (count, len(view)))
         boxes = boxes.unflatten(0, (count, len(view)))
-    return change_pixels(view, draws, recipe, *changes), boxes, patches
+    return photometric(view, draws, cfg, *changes), boxes, patches
 
 
-def key_view(images, draws, recipe):
-    """What the momentum encoder sees of uint8 crops [B, C, V, V], or whole pictures to cut."""
-    return change_pixels(random_view(images, draws, recipe), draws, recipe, recipe.key_jitter)
+def key_view(images, draws, cfg):
+    """What the momentum encoder sees of uint8 crops [B, C, V, V], or whole images to cut."""
+    return photometric(random_view(images, draws, cfg), draws, cfg, cfg.key_jitter)
 
 
 # --------------------------------------------------------------------------- long-tailed subsets
 
 
 def long_tailed_counts(largest, classes, factor):
-    """Pictures a class, n_c = int(largest * factor^(c / (classes - 1))); factor is min/max."""
+    """Images a class, n_c = int(largest * factor^(c / (classes - 1))); factor is min/max."""
     return [int(largest * factor ** (c / (classes - 1))) for c in range(classes)]
 
 
@@ -384,16 +384,16 @@ def shuffled_by_class(labels, classes):
 
 
 def shot_groups(counts):
-    """Masks [classes] by training pictures [classes]: many > 100, medium 20 to 100, few < 20."""
+    """Masks [classes] by training images [classes]: many > 100, medium 20 to 100, few < 20."""
     counts = torch.as_tensor(counts)
     return {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
 
 
-# ------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------- images and splits
 
 
-class Pictures:
-    """Pictures in memory: images uint8 [N, C, H, W], labels int64 [N] and, maybe, class names."""
+class ImageArrays:
+    """Images in memory: images uint8 [N, C, H, W], labels int64 [N] and, maybe, class names."""
 
     def __init__(self, images, labels, origin, names=None):
         self.images, self.labels, self.origin, self.names = images, labels, origin, names
@@ -401,12 +401,12 @@ class Pictures:
     def __len__(self):
         return len(self.labels)
 
-    def views(self, indices, seeds, recipe, crops):
-        """The whole pictures, once, uint8 [1, B, C, H, W]: the device will cut them."""
+    def views(self, indices, seeds, cfg, crops):
+        """The whole images, once, uint8 [1, B, C, H, W]: the device will cut them."""
         return self.images[indices][None]
 
 
-class ImageFiles(Pictures):
+class ImageFiles(ImageArrays):
     """Images on disk: their paths below root, labels int64 [N] and, maybe, class names.
 
     `layout` says in words where the files were found, if not where their index says.
@@ -420,28 +420,28 @@ class ImageFiles(Pictures):
     def path(self, index):
         return self.root / os.fsdecode(self.paths[index])
 
-    def views(self, indices, seeds, recipe, crops):
+    def views(self, indices, seeds, cfg, crops):
         """`crops` random resized crops of each, or its centre if 0: uint8 [crops or 1, B, 3, V, V].
 
         seeds [B] decide about random crops. BadInput names a file that cannot be read.
         """
         views = []
         for place, index in enumerate(indices):
-            with open_picture(self.path(index)) as image:
+            with open_image(self.path(index)) as image:
                 if crops:
                     # torch.manual_seed would seed GPUs as well, which no worker may touch.
                     torch.default_generator.manual_seed(seeds[place])
-                    views += random_crops(image, recipe.crop_scale, recipe.view_size, crops)
+                    views += random_crops(image, cfg.crop_scale, cfg.view_size, crops)
                 else:
-                    views.append(central_crop(image, recipe.view_size))
-        # Collated into shared memory when a worker does it; channels last, as pictures are decoded.
+                    views.append(central_crop(image, cfg.view_size))
+        # Collated into shared memory when a worker does it; channels last, as images are decoded.
         views = default_collate([view.permute(1, 2, 0) for view in views])
         return views.unflatten(0, (len(indices), -1)).permute(1, 0, 4, 2, 3)
 
 
 @contextmanager
-def open_picture(path):
-    """A picture file, open and not yet decoded; BadInput names it when it cannot be read."""
+def open_image(path):
+    """An image file, open and not yet decoded; BadInput names it when it cannot be read."""
     try:
         with Image.open(path) as image:
             yield image
@@ -453,7 +453,7 @@ def open_picture(path):
         ) from None
 
 
-def decode(image, reducible=1.0):
+def decode(image, max_downscale=1.0):
     """An open image as uint8 [3, H, W]; grey, CMYK, palette and alpha become RGB.
 
     16-bit grey is read as value // 256, as image viewers show it; 32-bit pixels are a ValueError.
@@ -466,8 +466,8 @@ def decode(image, reducible=1.0):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     elif image.mode[0] in "IF":
         raise ValueError("its pixels have 32 bits; images have 8, or 16 if they are grey")
-    if reducible >= 2:
-        image.draft("RGB", [side // int(reducible) for side in image.size])
+    if max_downscale >= 2:
+        image.draft("RGB", [side // int(max_downscale) for side in image.size])
     elif decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
         image.fp.seek(0)
         content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
@@ -476,7 +476,7 @@ def decode(image, reducible=1.0):
 
 
 def random_crops(image, scale, size, count):
-    """Random resized crops of an open picture: `count` uint8 views [3, size, size]."""
+    """Random resized crops of an open image: `count` uint8 views [3, size, size]."""
     width = image.width
     boxes = [RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(count)]
     pixels = decode(image, min(min(box[2:]) for box in boxes) / size)
@@ -492,12 +492,12 @@ def random_crops(image, scale, size, count):
 
 
 def shorter_side(size):
-    """Of evaluation's pictures, before their centre is cut: 256 for a centre of 224."""
+    """Of evaluation's images, before their centre is cut: 256 for a centre of 224."""
     return size * 256 // 224
 
 
 def central_crop(image, size):
-    """Evaluation's view of an open picture: its shorter side resized, and the centre cut."""
+    """Evaluation's view of an open image: its shorter side resized, and the centre cut."""
     shorter = shorter_side(size)
     pixels = decode(image, min(image.size) / shorter)
     return center_crop(resize(pixels, [shorter], antialias=True), [size, size])
@@ -507,7 +507,7 @@ def central_crop(image, size):
 
 
 def load_dataset(name, root=None, index_dir=None, imbalance=100.0, download=False, checking=False):
-    """A data set's splits, {"train": Pictures or ImageFiles, "val": ..., "test": ...}.
+    """A data set's splits, {"train": ImageArrays or ImageFiles, "val": ..., "test": ...}.
 
     CIFAR-LT has no val and takes `imbalance`, iNaturalist has no test. In val and test classes may
     be missing. BadInput if a file is missing or broken, or a class has no training image; with
@@ -552,7 +552,7 @@ def read_npz(path, names):
     try:
         with np.load(path) as arrays:
             return {
-                split: Pictures(
+                split: ImageArrays(
                     torch.from_numpy(arrays[f"{split}_images"])[:, None],
                     torch.from_numpy(arrays[f"{split}_labels"]).long(), path, names,
                 )
@@ -563,7 +563,7 @@ def read_npz(path, names):
 
 
 def read_cifar(files, root, imbalance, download):
-    """CIFAR-10/100-LT: the field's subset of the training pictures, and the whole test set."""
+    """CIFAR-10/100-LT: the field's subset of the training images, and the whole test set."""
     try:
         train, test = (files(root, train=train, download=download) for train in (True, False))
     except (RuntimeError, OSError) as error:
@@ -577,11 +577,11 @@ def read_cifar(files, root, imbalance, download):
     order = shuffled_by_class(train.targets, classes)
     chosen = np.concatenate([indices[:count] for indices, count in zip(order, counts)])
     return {
-        split: Pictures(
-            torch.from_numpy(pictures.data[rows]).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor(pictures.targets)[rows], f"{root}, {split}", train.classes,
+        split: ImageArrays(
+            torch.from_numpy(dataset.data[rows]).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(dataset.targets)[rows], f"{root}, {split}", train.classes,
         )
-        for split, pictures, rows in (("train", train, chosen), ("test", test, slice(None)))
+        for split, dataset, rows in (("train", train, chosen), ("test", test, slice(None)))
     }
 
 
@@ -762,7 +762,7 @@ class Batches:
     """(indices, seeds of their crops) of a whole run, a function of (seed, step): resume anywhere.
 
     Shuffled epochs without replacement, the rest that fills no batch left out; or, `balanced`,
-    class-balanced sampling: a class drawn uniformly, then a picture of it.
+    class-balanced sampling: a class drawn uniformly, then an image of it.
     Each of `world` ranks gets its own rows of the global batch.
     """
 
@@ -775,8 +775,8 @@ class Batches:
         self.labels, self.batch_size, self.seed, self.balanced = labels, batch_size, seed, balanced
         self.per_epoch = len(labels) // batch_size
         self.steps = range(start, epochs * self.per_epoch)
-        share = batch_size // world
-        self.rows = slice(rank * share, (rank + 1) * share)
+        per_rank = batch_size // world
+        self.rows = slice(rank * per_rank, (rank + 1) * per_rank)
 
     def __iter__(self):
         by_class = self.labels.argsort(stable=True)
@@ -794,38 +794,39 @@ class Batches:
                     random = torch.Generator().manual_seed(seed_from(self.seed, epoch))
                     order = torch.randperm(len(self.labels), generator=random)
                 batch = order[position * self.batch_size :][: self.batch_size]
-            # A stream of its own; a picture's crops are the same on any number of processes.
+            # A stream of its own; an image's crops are the same on any number of processes.
             seeds = np.random.SeedSequence((self.seed, step), spawn_key=(1,))
             seeds = seeds.generate_state(self.batch_size, np.uint64) >> np.uint64(1)
             yield batch[self.rows].tolist(), seeds[self.rows].tolist()
 
 
-def in_turn(count, rank=0, world=1, batch_size=128):
-    """Batches of every picture of a split, for a loader: this process's part, none twice."""
+def evaluation_batches(count, rank=0, world=1, batch_size=128):
+    """Batches of every image of a split, for a loader: this process's part, none twice."""
     rows = torch.arange(count)[rank::world]
     return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
 
 
-class Loaded:
+class BatchDataset:
     """What a loader hands over for a batch (indices, seeds) of a split: images and labels."""
 
-    def __init__(self, pictures, recipe, crops):
-        self.pictures, self.recipe, self.crops = pictures, recipe, crops
+    def __init__(self, dataset, cfg, crops):
+        self.dataset, self.cfg, self.crops = dataset, cfg, crops
 
     def __getitem__(self, batch):
         indices, seeds = batch
-        images = self.pictures.views(indices, seeds, self.recipe, self.crops)
-        return images, self.pictures.labels[indices]
+        images = self.dataset.views(indices, seeds, self.cfg, self.crops)
+        return images, self.dataset.labels[indices]
 
 
-def load_batches(pictures, batches, recipe, crops, workers, device, kind=Loaded):
-    """A loader of (images uint8 [1 or 2, B, C, H, W], labels [B]), of Batches or in_turn.
+def load_batches(dataset, batches, cfg, crops, workers, device, kind=BatchDataset):
+    """A loader of (images uint8 [1 or 2, B, C, H, W], labels [B]).
 
-    `crops` a picture, or 0 for the whole picture as evaluation sees it. Another `kind` than Loaded
-    gives what its __getitem__ makes of a batch.
+    `batches` are Batches or evaluation_batches; `crops` is the number of random crops of an image,
+    0 for the whole image as evaluation sees it. A subclass of BatchDataset as `kind` may return
+    something else.
     """
     return DataLoader(
-        kind(pictures, recipe, crops), sampler=batches, batch_size=None, num_workers=workers,
+        kind(dataset, cfg, crops), sampler=batches, batch_size=None, num_workers=workers,
         pin_memory=device.type == "cuda", persistent_workers=workers > 0,
     )
 
@@ -833,7 +834,7 @@ def load_batches(pictures, batches, recipe, crops, workers, device, kind=Loaded)
 # -------------------------------------------------------------------- what the commands share
 
 
-def number(kind, low, high):
+def bounded(kind, low, high):
     """An argparse type: an int or float from low to high."""
 
     def parse(text):
@@ -895,7 +896,7 @@ class Parser(argparse.ArgumentParser):
             options |= dict(choices=limits, metavar=None if limits else "NAME")
         else:
             kind = kind or type(values[0])
-            options |= dict(type=number(kind, *limits), metavar="N" if kind is int else "X")
+            options |= dict(type=bounded(kind, *limits), metavar="N" if kind is int else "X")
         if values is default:
             options |= dict(nargs="+" if any_number else len(values))
         if default is None:
@@ -1022,7 +1023,7 @@ def problem_of(path, decoding):
         return "missing"
     try:
         if decoding:
-            with open_picture(path) as image:
+            with open_image(path) as image:
                 decode(image)
     except BadInput as error:
         return str(error)
@@ -1032,27 +1033,27 @@ def check(sets, args):
     """Print what every split holds; returns what is missing and other problems, as messages."""
     published, problems = DATASETS[args.dataset].get("published", {}), []
     classes = len(sets["train"].labels.bincount())
-    for split, pictures in sets.items():
-        counts = pictures.labels.bincount(minlength=classes)
+    for split, dataset in sets.items():
+        counts = dataset.labels.bincount(minlength=classes)
         here = counts[counts > 0]
         span = f"{here.max():,} to {here.min():,}" if here.max() > here.min() else f"{here.max():,}"
-        line = f"{split}: {len(pictures):,} images, {len(here):,} classes of {span} images"
+        line = f"{split}: {len(dataset):,} images, {len(here):,} classes of {span} images"
         if split == "train":
             many, medium, few = (int(mask.sum()) for mask in shot_groups(counts).values())
             line += f": {many} many-, {medium} medium- and {few} few-shot"
         elif len(here) < classes:
             line += f"; {classes - len(here)} of {classes} classes have none"
-        layout = getattr(pictures, "layout", "")
+        layout = getattr(dataset, "layout", "")
         print(line + (f"; {layout}" if layout else ""))
-        if published.get(split, len(pictures)) != len(pictures):
+        if published.get(split, len(dataset)) != len(dataset):
             expected = f"{published[split]:,} published"
-            problems.append(f"{pictures.origin}: {len(pictures):,} images, {expected}")
+            problems.append(f"{dataset.origin}: {len(dataset):,} images, {expected}")
     if in_memory(args.dataset):
         return [], problems
 
     missing, seen = [], {}
-    for split, pictures in sets.items():
-        paths, progress = list(map(pictures.path, range(len(pictures)))), Progress(len(pictures))
+    for split, dataset in sets.items():
+        paths, progress = list(map(dataset.path, range(len(dataset)))), Progress(len(dataset))
         for path in paths:
             if path in seen:
                 problems.append(f"{path} is in {seen[path]} and again in {split}")
@@ -1069,14 +1070,14 @@ def check(sets, args):
     return missing, problems
 
 
-def draw_views(path, pictures, args, count=6):
-    """Draw what the networks see of some pictures: query view, its boxes, key view, patches."""
-    indices = torch.linspace(0, len(pictures) - 1, count).long().tolist()
-    images = pictures.views(indices, indices, args, 2)
+def draw_views(path, dataset, args, count=6):
+    """Draw what the networks see of some images: query view, its boxes, key view, patches."""
+    indices = torch.linspace(0, len(dataset) - 1, count).long().tolist()
+    images = dataset.views(indices, indices, args, 2)
     draws = [Draws(args.seed + n, count, slice(None), "cpu") for n in (0, 1)]
     view, boxes, patches = query_views(images[0], draws[0], args)
     key = key_view(images[-1], draws[1], args)
-    mean, std = recipe_colors(args, "cpu")
+    mean, std = mean_and_std(args, "cpu")
 
     side = max(args.view_size, 128)
     shown = [(part * std + mean).clamp(0, 1) for part in (view, view, key, *patches)]

@@ -36,10 +36,19 @@ from torchvision.utils import save_image
 
 import data
 import train
-from data import BadInput, Batches, Draws, Loaded, Parser, Progress
-from data import in_turn, load_batches, shot_groups
+from data import (
+    BadInput,
+    BatchDataset,
+    Batches,
+    Draws,
+    Parser,
+    Progress,
+    evaluation_batches,
+    load_batches,
+    shot_groups,
+)
 from models import SMALL_ARCHS, Encoder, means
-from train import add_run_flags, autocast, flatten, gather, load, plain, resume, save
+from train import add_run_flags, autocast, flatten, gather, load, to_json, resume, save
 
 STAGE = "stage 2 of DSCL + PBSD"
 RESULT = "the classifier of DSCL + PBSD"
@@ -48,14 +57,15 @@ CONFUSIONS = 1000  # classes at most for which a square table of confusions is m
 # -------------------------------------------------------------------------------- classification
 
 
-def classifier_of(run, state, classes, seed, own):
-    """Stage 1's encoder, frozen, with linear classifiers as heads: new ones, or its `own`."""
+def classifier_of(cfg, state, classes, seed, keep_heads):
+    """Stage 1's encoder, frozen, with linear classifiers as heads: new ones, or its own to keep."""
     torch.manual_seed(seed)
-    encoder = Encoder(run.arch, run.experts, classes).requires_grad_(False)
+    encoder = Encoder(cfg.arch, cfg.experts, classes).requires_grad_(False)
     for head in encoder.heads.requires_grad_(True):
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-    state = {name: value for name, value in state.items() if own or not name.startswith("heads.")}
+    if not keep_heads:
+        state = {name: value for name, value in state.items() if not name.startswith("heads.")}
     encoder.load_state_dict(encoder.state_dict() | state)
     return encoder
 
@@ -68,7 +78,7 @@ def features_of(encoder, view, amp):
 
 
 @torch.no_grad()
-def count_right(encoder, loader, run, classes, device, amp):
+def count_right(encoder, loader, cfg, classes, device, amp):
     """What the classifiers get right of the loader's images of all processes together.
 
     Returns two int64 tensors on the CPU. The first, [1 + E, 3, classes], counts the images of each
@@ -82,7 +92,7 @@ def count_right(encoder, loader, run, classes, device, amp):
     taken_for = torch.zeros(classes**2 * (classes <= CONFUSIONS), dtype=torch.long, device=device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        view = data.evaluation_view(images, run)
+        view = data.evaluation_view(images, cfg)
         logits = encoder.heads(features_of(encoder, view, amp))
         logits = torch.cat([logits.mean(0, keepdim=True), logits])  # [1 + E, B, classes]
         top = logits.topk(min(5, classes)).indices  # [1 + E, B, 5]
@@ -153,21 +163,21 @@ def worst_confusions(taken_for, names, count=3):
 
 
 @torch.no_grad()
-def split_features(encoder, pictures, args, run, processes):
+def split_features(encoder, dataset, args, cfg, processes):
     """The features of all images of a split, as evaluation sees them, in their order: [E, N, C].
 
     Every process computes its part, and gets those of the others.
     """
     rank, world, device = processes
     encoder.eval()
-    shard = in_turn(len(pictures), rank, world)
-    loader = load_batches(pictures, shard, run, 0, args.workers, device)
-    views = (data.evaluation_view(images.to(device), run) for images, _ in loader)
+    shard = evaluation_batches(len(dataset), rank, world)
+    loader = load_batches(dataset, shard, cfg, 0, args.workers, device)
+    views = (data.evaluation_view(images.to(device), cfg) for images, _ in loader)
     features = torch.cat([features_of(encoder, view, args.amp) for view in views], dim=1)
     # Image i is number i // world of process i % world; some processes have one image less.
-    size = -(-len(pictures) // world)
+    size = -(-len(dataset) // world)
     features = gather(F.pad(features, (0, 0, 0, size - features.shape[1]))[None])
-    return features.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(pictures)]
+    return features.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(dataset)]
 
 
 def class_mean(right, labels, classes):
@@ -207,7 +217,7 @@ def regression(features, labels, log_prior, penalty):
     return weight.detach(), bias.detach()
 
 
-def fit_classifier(encoder, train_set, val_set, args, run, processes):
+def fit_classifier(encoder, train_set, val_set, args, cfg, processes):
     """Solve for the heads on fixed features with logit adjustment (Menon et al., 2021, section 4).
 
     In training the log of the class frequencies is added to the logits, which corrects for the
@@ -220,12 +230,12 @@ def fit_classifier(encoder, train_set, val_set, args, run, processes):
     labels = train_set.labels.to(device)
     counts = labels.bincount()
     log_prior = (counts / counts.sum()).log()
-    features = split_features(encoder, train_set, args, run, processes)  # [E, N, C]
+    features = split_features(encoder, train_set, args, cfg, processes)  # [E, N, C]
     std, mean = torch.std_mean(features, 1)  # [E, C]
     std = std.clamp(min=1e-6)  # a feature that is always 0 keeps weight 0
     features = features.sub_(mean[:, None]).div_(std[:, None])
     if val_set:
-        held_out = split_features(encoder, val_set, args, run, processes)
+        held_out = split_features(encoder, val_set, args, cfg, processes)
         held_out_labels = val_set.labels.to(device)
     best = dict(accuracy=-1.0)
     for penalty in args.penalty if val_set else args.penalty[:1]:
@@ -248,7 +258,7 @@ def fit_classifier(encoder, train_set, val_set, args, run, processes):
     return best
 
 
-def train_classifier(encoder, sets, loaders, args, run, processes):
+def train_classifier(encoder, sets, loaders, args, cfg, processes):
     """Train the heads on class-balanced batches; the best epoch on val, else the last.
 
     Leaves its weights in the encoder; returns {"accuracy", "epoch"}. Goes on from classifier.pth.
@@ -267,7 +277,7 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
     per_epoch = len(train_set) // args.batch_size
     split = dict(start=epoch * per_epoch, rank=rank, world=world, balanced=True, seed=args.seed)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, **split)
-    loader = load_batches(train_set, batches, run, int(args.augment), args.workers, device)
+    loader = load_batches(train_set, batches, cfg, int(args.augment), args.workers, device)
     heads = encoder.heads
     if dist.is_initialized():
         heads = DistributedDataParallel(heads)
@@ -280,12 +290,12 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
         if args.augment:
             seed = data.seed_from(args.seed, step, 1)  # not the stream that drew the classes
             draws = Draws(seed, args.batch_size, batches.rows, device)
-            view, _, _ = data.query_views(images[0], draws, run)
+            view, _, _ = data.query_views(images[0], draws, cfg)
         else:
-            view = data.evaluation_view(images, run)
+            view = data.evaluation_view(images, cfg)
         # The sum: each expert's classifier trains as it would alone.
         logits = heads(features_of(encoder, view, args.amp))
-        loss = sum(F.cross_entropy(own, labels) for own in logits)
+        loss = sum(F.cross_entropy(of_expert, labels) for of_expert in logits)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -296,14 +306,14 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
         train.average_statistics(encoder)
         accuracy = epoch  # without val the last epoch is the best
         if "val" in loaders:
-            tally, _ = count_right(encoder, loaders["val"], run, len(counts), device, args.amp)
+            tally, _ = count_right(encoder, loaders["val"], cfg, len(counts), device, args.amp)
             accuracy = metrics(tally[0], counts)["all"]
         if accuracy > best["accuracy"]:
             state = copy.deepcopy(encoder.state_dict())
             best = dict(accuracy=accuracy, epoch=epoch, model=state)
         if rank == 0:
             state = dict(model=encoder.state_dict(), optimizer=optimizer.state_dict())
-            save(path, dict(stage=STAGE, args=plain(args), epoch=epoch, best=best, **state))
+            save(path, dict(stage=STAGE, args=to_json(args), epoch=epoch, best=best, **state))
             done = step + 1 - batches.steps.start
             rate = done * args.batch_size / (time.monotonic() - began)
             text = f"classifier, epoch {epoch}/{args.epochs}  loss {loss.item() / len(logits):.3f}"
@@ -316,14 +326,14 @@ def train_classifier(encoder, sets, loaders, args, run, processes):
 # ----------------------------------------------------------------------------------- predictions
 
 
-class ReadableImages(Loaded):
+class ReadableImages(BatchDataset):
     """Batches without the files that cannot be read: images, their indices, and messages."""
 
     def __getitem__(self, batch):
         images, indices, problems = [], [], []
         for index in batch[0]:
             try:
-                images.append(self.pictures.views([index], [None], self.recipe, 0))
+                images.append(self.dataset.views([index], [None], self.cfg, 0))
                 indices.append(index)
             except BadInput as error:
                 problems.append(str(error))
@@ -338,16 +348,16 @@ def predict(args, saved):
     the content of model.pth. Exit code 2 if a file could not be read.
     """
     rank, world, device = train.start(args)
-    run, names = argparse.Namespace(**saved["args"]["stage1"]), saved["classes"]
-    encoder = Encoder(run.arch, run.experts, len(names)).eval()
+    cfg, names = argparse.Namespace(**saved["args"]["stage1"]), saved["classes"]
+    encoder = Encoder(cfg.arch, cfg.experts, len(names)).eval()
     encoder.load_state_dict(saved["model"])
     encoder = encoder.to(device, memory_format=torch.channels_last)
     paths = []
     for path in args.predict:
         paths += [found for found, _ in data.find_images(path)] if path.is_dir() else [path]
     files = data.ImageFiles(Path(), list(map(os.fsencode, paths)), [0] * len(paths), "")
-    shard = in_turn(len(files), rank, world)
-    loader = load_batches(files, shard, run, 0, args.workers, device, ReadableImages)
+    shard = evaluation_batches(len(files), rank, world)
+    loader = load_batches(files, shard, cfg, 0, args.workers, device, ReadableImages)
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names of any bytes
     unreadable = 0
     for images, indices, problems in loader:
@@ -356,7 +366,7 @@ def predict(args, saved):
         unreadable += len(problems)
         if not indices:
             continue
-        view = data.evaluation_view(images.to(device), run)
+        view = data.evaluation_view(images.to(device), cfg)
         logits = encoder.heads(features_of(encoder, view, args.amp)).mean(0)  # [B, classes]
         top = logits.softmax(1).topk(min(5, len(names)))
         for index, values, labels in zip(indices, top.values.tolist(), top.indices.tolist()):
@@ -371,32 +381,32 @@ def predict(args, saved):
 
 
 @torch.no_grad()
-def neighbour_accuracy(encoder, train_set, held_out, args, run, processes, k=10, temperature=0.07):
-    """Balanced accuracy, in percent, of a vote of the k nearest training pictures.
+def neighbour_accuracy(encoder, train_set, held_out, args, cfg, processes, k=10, temperature=0.07):
+    """Balanced accuracy, in percent, of a vote of the k nearest training images.
 
     By the cosine of the backbone's features; a vote weighs exp(cosine / temperature) (Wu et al.,
     2018).
     """
 
-    def embed(pictures):
-        features = split_features(encoder, pictures, args, run, processes)
+    def embed(dataset):
+        features = split_features(encoder, dataset, args, cfg, processes)
         features = F.normalize(torch.cat(list(features), dim=1), dim=1)
-        return features, pictures.labels.to(features.device)
+        return features, dataset.labels.to(features.device)
 
     (bank, bank_labels), (features, labels) = embed(train_set), embed(held_out)
     classes, right = int(bank_labels.max()) + 1, []
-    for rows, own in zip(features.split(256), labels.split(256)):
+    for rows, of_rows in zip(features.split(256), labels.split(256)):
         cosine, nearest = (rows @ bank.T).topk(min(k, len(bank)))
         votes = rows.new_zeros(len(rows), classes)
         votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
-        right.append(votes.argmax(1) == own)
+        right.append(votes.argmax(1) == of_rows)
     return class_mean(torch.cat(right), labels, classes)
 
 
 def summary(runs):
     """Lines of mean and standard deviation of runs, those that differ in seed alone in one."""
     names, groups = ("many", "medium", "few", "all"), {}
-    ignored = train.HARMLESS - {"amp"} | {"seed", "pictures"}
+    ignored = train.MAY_CHANGE - {"amp"} | {"seed", "images"}
     finished = [run for run in runs if (run / "results.json").exists()] or runs
     if len(finished) < len(runs):
         print(f"{len(runs) - len(finished)} of {len(runs)} have no results", file=sys.stderr)
@@ -424,17 +434,17 @@ def summary(runs):
     return "\n".join(lines)
 
 
-def export(path, encoder, run, names):
+def export(path, encoder, cfg, names):
     """Write the weights by torchvision's names, which load with strict=True, and PATH.json.
 
-    That says how evaluation made a picture ready, and what the classes are called.
+    That says how evaluation made an image ready, and what the classes are called.
     """
     parts = encoder.shared, encoder.branches[0], nn.ModuleDict(dict(fc=encoder.heads[0]))
     state = {name: value.cpu() for part in parts for name, value in part.state_dict().items()}
     save(path, state)
-    card = dict(arch=run.arch, classes=names, mean=run.mean, std=run.std)
-    if not data.in_memory(run.dataset):
-        card |= dict(resize=data.shorter_side(run.view_size), crop=run.view_size)
+    card = dict(arch=cfg.arch, classes=names, mean=cfg.mean, std=cfg.std)
+    if not data.in_memory(cfg.dataset):
+        card |= dict(resize=data.shorter_side(cfg.view_size), crop=cfg.view_size)
     save(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
     print(f"wrote {path} and {path}.json", file=sys.stderr)
 
@@ -443,17 +453,17 @@ SHOTS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 62, 104)
 
 
 def draw_accuracy(path, results, names):
-    """Accuracy by class as bars, the classes sorted by training pictures, in colours by shots."""
+    """Accuracy by class as bars, the classes sorted by training images, in colours by shots."""
     counts, font = torch.tensor(results["counts"]), load_font()
     order = counts.argsort(descending=True, stable=True).tolist()
     width, left, bottom = max(1, min(50, 1600 // len(order))), 40, 340  # 3 pixels a percent
-    picture = Image.new("RGB", (left + width * len(order) + 20, bottom + 130), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (left + width * len(order) + 20, bottom + 130), "white")
+    draw = ImageDraw.Draw(image)
     title = f"top-1 on {results['reported_on']}, mean of classes: {results['all']:.2f}"
     draw.text((6, 4), title, "black", font)
     for percent in range(0, 101, 20):
         y = bottom - 3 * percent
-        draw.line([(left, y), (picture.width, y)], (220, 220, 220))
+        draw.line([(left, y), (image.width, y)], (220, 220, 220))
         draw.text((left - 6, y), str(percent), "black", font, "rm")
     for group, mask in shot_groups(counts).items():
         places = [n for n, label in enumerate(order) if mask[label]]
@@ -467,8 +477,8 @@ def draw_accuracy(path, results, names):
             draw.text((left + places[0] * width, bottom - 308), text, SHOTS[group], font, "ls")
     for n, label in enumerate(order if len(order) <= 40 else ()):
         name = caption(f"{names[label]} {counts[label]}", 120).rotate(90, expand=True)
-        picture.paste(name, (left + n * width + width // 2 - 9, bottom + 4))
-    picture.save(path)
+        image.paste(name, (left + n * width + width // 2 - 9, bottom + 4))
+    image.save(path)
 
 
 @cache
@@ -488,17 +498,17 @@ def caption(text, width):
 
 
 @torch.no_grad()
-def draw_activation(path, encoder, pictures, counts, run, names, device, side=160):
+def draw_activation(path, encoder, dataset, counts, cfg, names, device, side=160):
     """Class activation maps (Zhou et al., 2016) of images of the four smallest classes.
 
     The classifier's row of the image's own class times the feature map, summed over experts, as
     colours over the image: red where the class is seen most, blue where least.
     """
-    here = pictures.labels.unique()
+    here = dataset.labels.unique()
     tail = here[counts[here].argsort(stable=True)[:4]]
-    rows = torch.cat([(pictures.labels == label).nonzero()[:3, 0] for label in tail]).tolist()
-    images, labels = pictures.views(rows, rows, run, 0), pictures.labels[rows]
-    feature_maps = encoder.eval().feature_maps(data.evaluation_view(images.to(device), run))
+    rows = torch.cat([(dataset.labels == label).nonzero()[:3, 0] for label in tail]).tolist()
+    images, labels = dataset.views(rows, rows, cfg, 0), dataset.labels[rows]
+    feature_maps = encoder.eval().feature_maps(data.evaluation_view(images.to(device), cfg))
     pairs = zip(encoder.heads, feature_maps)
     maps = sum(torch.einsum("bc,bchw->bhw", h.weight[labels], f.float()) for h, f in pairs).cpu()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
@@ -564,11 +574,11 @@ def parse_args():
     output = Path(where.output or Path("runs") / (where.dataset or data.DEFAULT))
     path = Path(where.checkpoint or output / "checkpoint.pth")
     of_file = (output / "model.pth", RESULT, "eval.py") if where.predict else (path, train.STAGE)
-    saved, run = None, {}
+    saved, cfg = None, {}
     if of_file[0].exists() and not where.summary:
         saved = load(*of_file)
-        run = saved["args"]["stage1"] if where.predict else saved["args"]
-    parser = Parser(__doc__, run.get("dataset", where.dataset or data.DEFAULT), "--output RUN")
+        cfg = saved["args"]["stage1"] if where.predict else saved["args"]
+    parser = Parser(__doc__, cfg.get("dataset", where.dataset or data.DEFAULT), "--output RUN")
     add_run_flags(parser)
     parser.path("checkpoint", "FILE", "checkpoint of train.py (default: the one in --output)")
     parser.begin("instead of training the classifier")
@@ -583,25 +593,25 @@ def parse_args():
     parser.begin("classifier")
     parser.settings("stage2", STAGE2)
     parser.set_defaults(output=path.parent, checkpoint=path)
-    parser.set_defaults(**{name: run.get(name) for name in ("data_root", "index_dir", "imbalance")})
+    parser.set_defaults(**{name: cfg.get(name) for name in ("data_root", "index_dir", "imbalance")})
     args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(STAGE2)))
     if args.summary:
         return args, None
     settle_classifier(parser, args)
     saved = saved or load(*of_file)
     if args.predict:
-        if data.in_memory(run["dataset"]):
+        if data.in_memory(cfg["dataset"]):
             raise BadInput(
-                f"--predict: {args.output} was trained on {run['dataset']}, whose images are held "
+                f"--predict: {args.output} was trained on {cfg['dataset']}, whose images are held "
                 "in memory; it needs a run on image files"
             )
         return args, saved
-    if args.dataset != run["dataset"]:
-        raise BadInput(f"{path} was trained on {run['dataset']}, not on {args.dataset}")
-    if args.epochs == 0 and run["loss"] not in train.CLASSIFIERS:
+    if args.dataset != cfg["dataset"]:
+        raise BadInput(f"{path} was trained on {cfg['dataset']}, not on {args.dataset}")
+    if args.epochs == 0 and cfg["loss"] not in train.CLASSIFIERS:
         raise BadInput(f"--epochs 0: {path} has no classifier; --loss ce or la trains one")
-    if args.export and (run["arch"] in SMALL_ARCHS or run["experts"] > 1):
-        raise BadInput(f"--export: torchvision has no {run['arch']} of {run['experts']} experts")
+    if args.export and (cfg["arch"] in SMALL_ARCHS or cfg["experts"] > 1):
+        raise BadInput(f"--export: torchvision has no {cfg['arch']} of {cfg['experts']} experts")
     return args, {name: saved[name] for name in ("args", "step", "encoder")}
 
 
@@ -613,24 +623,24 @@ def main():
         return predict(args, saved)
     rank, world, device = processes = train.start(args)
     args.stage1 = saved["args"] | dict(step=saved["step"])
-    run = argparse.Namespace(**saved["args"])
-    sets = data.load_dataset(run.dataset, args.data_root, args.index_dir, args.imbalance)
+    cfg = argparse.Namespace(**saved["args"])
+    sets = data.load_dataset(cfg.dataset, args.data_root, args.index_dir, args.imbalance)
     sizes = {split: len(part) for split, part in sets.items()}
-    if sizes != run.pictures:
+    if sizes != cfg.images:
         raise BadInput(
-            f"{args.checkpoint} was trained with {run.pictures} images, these are {sizes}: test "
+            f"{args.checkpoint} was trained with {cfg.images} images, these are {sizes}: test "
             "images could be among those that it was trained on"
         )
-    run.patches = 0  # stage 2 needs none
+    cfg.patches = 0  # stage 2 needs none
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
     if args.classifier == "balanced":
         data.fit_batch(args, len(sets["train"]))
-    encoder = classifier_of(run, saved.pop("encoder"), len(counts), args.seed, args.epochs == 0)
+    encoder = classifier_of(cfg, saved.pop("encoder"), len(counts), args.seed, args.epochs == 0)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     if args.knn:
         split = "val" if "val" in sets else "test"
-        accuracy = neighbour_accuracy(encoder, sets["train"], sets[split], args, run, processes)
+        accuracy = neighbour_accuracy(encoder, sets["train"], sets[split], args, cfg, processes)
         if rank == 0:
             print(f"kNN on {split}, step {saved['step']}: {accuracy:.2f}")
         return
@@ -644,31 +654,31 @@ def main():
     chosen = "val" if {"val", "test"} <= sets.keys() and fitted else None
     loaders = {}
     for split in {chosen, reported} - {None}:
-        shard = in_turn(len(sets[split]), rank, world)
-        loaders[split] = load_batches(sets[split], shard, run, 0, args.workers, device)
+        shard = evaluation_batches(len(sets[split]), rank, world)
+        loaders[split] = load_batches(sets[split], shard, cfg, 0, args.workers, device)
     reporting = loaders.pop(reported)
     best = dict(accuracy=None)
     if args.classifier == "balanced":
-        best = train_classifier(encoder, sets, loaders, args, run, processes)
+        best = train_classifier(encoder, sets, loaders, args, cfg, processes)
     else:
         # Refuses to overwrite the results of another stage 2.
         resume(args.output / "classifier.pth", STAGE, args, device)
     if args.classifier == "adjusted":
-        best = fit_classifier(encoder, sets["train"], sets.get(chosen), args, run, processes)
+        best = fit_classifier(encoder, sets["train"], sets.get(chosen), args, cfg, processes)
 
     # Only now the test set, once, with what val chose.
-    tally, taken_for = count_right(encoder, reporting, run, len(counts), device, args.amp)
+    tally, taken_for = count_right(encoder, reporting, cfg, len(counts), device, args.amp)
     if rank > 0:
         return
     results, *experts = (metrics(part, counts) for part in tally)
     results |= dict(
         reported_on=reported, chosen_on=chosen, val=best["accuracy"] if chosen else None,
-        classifier=args.classifier, epoch=best.get("epoch"), penalty=best.get("penalty"), classes=sets["train"].names, counts=counts.tolist(),
-        reported_counts=tally[0, 0].tolist(),
-        experts=experts if len(experts) > 1 else None, arguments=plain(args),
+        classifier=args.classifier, epoch=best.get("epoch"), penalty=best.get("penalty"),
+        classes=sets["train"].names, counts=counts.tolist(), reported_counts=tally[0, 0].tolist(),
+        experts=experts if len(experts) > 1 else None, arguments=to_json(args),
     )
     save(args.output / "results.json", json.dumps(results, indent=1) + "\n")
-    model = dict(stage=RESULT, args=plain(args), classes=names, model=encoder.state_dict())
+    model = dict(stage=RESULT, args=to_json(args), classes=names, model=encoder.state_dict())
     save(args.output / "model.pth", model)
     print(table(results, counts))
     if len(experts) > 1:
@@ -684,9 +694,9 @@ def main():
     if args.plots:
         draw_accuracy(args.plots / "accuracy.png", results, names)
         where = args.plots / "activation.png"
-        draw_activation(where, encoder, sets[reported], counts, run, names, device)
+        draw_activation(where, encoder, sets[reported], counts, cfg, names, device)
     if args.export:
-        export(args.export, encoder, run, names)
+        export(args.export, encoder, cfg, names)
 
 
 if __name__ == "__main__":

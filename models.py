@@ -177,7 +177,7 @@ def build_backbone(arch):
 
 
 def cifar_resnet(blocks, channels, strides):
-    """A ResNet for pictures of 28 to 64 pixels (He et al., 2016, section 4.2).
+    """A ResNet for images of 28 to 64 pixels (He et al., 2016, section 4.2).
 
     A 3x3 stem and three stages of `blocks` basic blocks with projection shortcuts; `strides` of
     stem and stages. resnet_small has one block a stage, twice the width of resnet20 and a stem of

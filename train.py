@@ -35,38 +35,48 @@ STAGE = "stage 1 of DSCL + PBSD"
 CLASSIFIERS = ("ce", "la")  # the baselines of --loss that train a classifier
 LOG_EVERY = 10  # steps; also at the end of every epoch
 
-# ------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
-def dscl_pbsd_step(model, key_encoder, queue, images, labels, shuffle, args):
-    """The method on a batch: its loss, DSCL and, unless lambda is 0, PBSD as a dict.
+def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
+    """The method on one batch: a dict of its loss, DSCL and, unless lambda is 0, PBSD.
 
-    images uint8 [2, B, C, H, W] are two crops of each picture or, [1, B, C, H, W], whole pictures
-    of which both views are cut here; labels [B]. The keys go into the queue M. As in the published
-    code the batch is contrast as well; here that of all processes, however many they are.
+    B images are this rank's, N are those of all ranks together. labels [B]; images uint8 are
+    either [2, B, C, H, W], two random crops of each image, one for each view, or, of a data set
+    held in memory, [1, B, C, H, W], whole images from which both views are cut here. The contrast
+    set is that of the published code, the other queries, all keys and the queue, but with the
+    queries and keys of all ranks, where the published code has the local rank's.
     """
-    # The query view x_i [B, 3, V, V], its L boxes B_i[j] [L, B, 4] and these as patches
-    # [L, B, 3, S, S]; the key view.
-    view, boxes, patches = data.query_views(images[0], shuffle.draws(), args)
-    key_view = data.key_view(shuffle.spread(images[-1]), shuffle.draws(keys=True), args)
+    # The query view x_i [B, 3, V, V], its L boxes B_i[j] [L, B, 4], and these boxes cut out of it
+    # as patches [L, B, 3, S, S]. The key view is of B images too, but shuffled over the ranks.
+    view, boxes, patches = data.query_views(images[0], batch.draws(), args)
+    key_view = data.key_view(batch.shuffle(images[-1]), batch.draws(keys=True), args)
 
-    # Unit vectors, float32: query z_i [E, B, D]; teacher c_i[j], without gradient, and student
-    # s_i[j] [E, L, B, D]; the keys z_i+ of all processes.
+    # Unit vectors of D numbers in float32, from each of E experts: queries z_i [E, B, D], teachers
+    # c_i[j] and students s_i[j] [E, L, B, D], and the keys z_i+ of all ranks [E, N, D]. No
+    # gradient flows into teachers and keys.
     with autocast(view.device, args.amp):
         z, c, s = model(view, boxes, patches)
-        moving_average(key_encoder, model, args.momentum_encoder)
-        z_plus = shuffle.collect(key_encoder(key_view)[0])
+        with torch.no_grad():
+            moving_average(key_encoder, model, args.momentum_encoder)
+            all_keys = batch.unshuffle(key_encoder(key_view)[0])
 
-    # Each of E experts has embeddings, and so losses, of its own. z, z+ and y are of the same
-    # pictures, row by row, those of all processes. M holds written slots alone.
-    own, tau, M, y_M = shuffle.own, args.temperature, queue.keys, queue.labels
-    z, y = with_others(z, own), gather(labels)
+    # Row i of queries, keys and labels belongs to the same image. DSCL is computed on every rank
+    # for all N anchors, PBSD for this rank's B.
+    all_queries, all_labels = gather_queries(z, batch.rank_rows), gather(labels)
+    keys, tau = all_keys[:, batch.rank_rows], args.temperature
     dscl, pbsd = [], []
-    for e in range(args.experts):
-        dscl.append(dscl_loss(z[e], z_plus[e], y, M[e], y_M, alpha=args.alpha, temperature=tau))
+    for e in range(args.experts):  # each expert has its own embeddings, queue and losses
+        M, of_M = queue.keys[e], queue.labels
+        dscl.append(
+            dscl_loss(
+                all_queries[e], all_keys[e], all_labels, M, of_M, alpha=args.alpha, temperature=tau
+            )
+        )
         if args.pbsd_weight:
-            pbsd.append(pbsd_loss(c[e], s[e], z_plus[e, own], M[e], temperature=tau))
-    queue.put(z_plus, y)  # the backward pass needs M no more: see losses.bank_attention
+            pbsd.append(pbsd_loss(c[e], s[e], keys[e], M, temperature=tau))
+    # The backward pass does not read the queue any more: the losses keep what its gradient needs.
+    queue.put(all_keys, all_labels)
     dscl = torch.stack(dscl).mean()
     if not pbsd:
         return dict(loss=dscl, dscl=dscl)
@@ -74,21 +84,21 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, shuffle, args):
     return dict(loss=dscl + args.pbsd_weight * pbsd, dscl=dscl, pbsd=pbsd)
 
 
-def cross_entropy_step(model, key_encoder, queue, images, labels, shuffle, args, log_prior):
-    """The baselines: linear classifiers on the query view alone.
+def cross_entropy_step(model, key_encoder, queue, images, labels, batch, args, log_prior):
+    """The baselines on one batch: linear classifiers on the query view alone.
 
-    With the log of the classes' shares added to the logits in training alone: logit adjustment
-    (Menon et al., 2021). log_prior [classes] is 0 for plain cross-entropy.
+    log_prior [classes] is the logarithm of the class frequencies for logit adjustment, which adds
+    it to the logits in training only (Menon et al., 2021), and 0 for plain cross-entropy.
     """
-    view, _, _ = data.query_views(images[0], shuffle.draws(), args)
+    view, _, _ = data.query_views(images[0], batch.draws(), args)
     with autocast(view.device, args.amp):
         logits, _, _ = model(view)  # [E, B, classes]
-    losses = [F.cross_entropy(expert + log_prior, labels) for expert in logits]
+    losses = [F.cross_entropy(of_expert + log_prior, labels) for of_expert in logits]
     return dict(loss=torch.stack(losses).mean())
 
 
 def learning_rate(step, per_epoch, args):
-    """Linear warm-up, then cosine to 0, per step."""
+    """Linear warm-up, then cosine to 0, step by step; the peak is proportional to the batch."""
     peak = args.lr * args.batch_size / 256
     steps = args.epochs * per_epoch
     warmup = round(args.warmup * steps)
@@ -97,7 +107,99 @@ def learning_rate(step, per_epoch, args):
     return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-# ------------------------------------------------------------------------------------ processes
+def main():
+    args = parse_args()
+    rank, world, device = start(args)
+    sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
+    args.images = {split: len(part) for split, part in sets.items()}  # must stay, as all of args
+    train_set, path = sets["train"], args.output / "checkpoint.pth"
+    data.fit_batch(args, len(train_set))
+    saved = resume(path, STAGE, args, device)
+
+    torch.manual_seed(args.seed)  # the same weights everywhere
+    counts = train_set.labels.bincount().to(device)
+    classes = len(counts) if args.loss in CLASSIFIERS else None
+    encoder = Encoder(args.arch, args.experts, classes)
+    if args.pretrained != "none" and not saved:
+        try:
+            load_pretrained(encoder, args.arch, args.pretrained)
+        except ValueError as error:
+            raise BadInput(f"--pretrained {args.pretrained}: {error}") from None
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    queue = Queue(args.queue_size, args.experts).to(device)
+    optimizer = torch.optim.SGD(
+        encoder.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
+    )
+    # All that is kept from step to step, and saved; what a step draws follows from (seed, step).
+    state = dict(encoder=encoder, key_encoder=key_encoder, queue=queue, optimizer=optimizer)
+    first = saved["step"] if saved else 0
+    for name, part in state.items() if saved else ():
+        part.load_state_dict(saved.pop(name))
+
+    train_step, crops = dscl_pbsd_step, 2
+    if classes:
+        log_prior = (counts / counts.sum()).log() * (args.loss == "la")
+        train_step, crops = partial(cross_entropy_step, log_prior=log_prior), 1
+    ranks = dict(seed=args.seed, start=first, rank=rank, world=world)
+    batches = Batches(train_set.labels, args.batch_size, args.epochs, **ranks)
+    loader = load_batches(train_set, batches, args, crops, args.workers, device)
+    per_epoch, steps = batches.per_epoch, args.epochs * batches.per_epoch
+    model = encoder
+    if dist.is_initialized():
+        model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
+        # BatchNorm's buffers are averaged at every record instead. The argument of this name warns
+        # since torch 2.14.
+        model.broadcast_buffers = False
+    if rank == 0:
+        log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
+        print(
+            f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
+            f"{steps}, {per_epoch} an epoch; {world} x {device.type}, {args.amp}", file=sys.stderr,
+        )
+
+    sums = since = 0  # of the loss and its terms, and the steps, since the last record
+    logged_at = saved_at = time.monotonic()
+    for step, (images, labels) in enumerate(loader, first + 1):
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, per_epoch, args)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        batch = ShuffledBatch(args, step - 1, batches.rows, device)
+        values = train_step(model, key_encoder, queue, images, labels, batch, args)
+        values["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sums, since = sums + torch.stack(list(values.values())).detach(), since + 1
+        if step % per_epoch % LOG_EVERY:  # 0 at the end of an epoch as well
+            continue
+
+        # Rank 0's clock tells all processes when to save.
+        minutes = (time.monotonic() - saved_at) / 60
+        gathered = gather(torch.cat([sums / since, sums.new_tensor([minutes])])[None])
+        means, minutes = gathered[:, :-1].mean(0), gathered[0, -1].item()
+        check_finite([means, *encoder.parameters()], step, lr)
+        average_statistics(encoder)
+        due = min(1, args.save_minutes) if step % per_epoch == 0 else args.save_minutes
+        saving = step == steps or minutes >= due
+        if rank == 0:
+            seconds, logged_at = time.monotonic() - logged_at, time.monotonic()
+            rate = round(since * args.batch_size / seconds, 1)
+            record = dict(epoch=math.ceil(step / per_epoch), step=step)
+            record |= dict(zip(values, means.tolist()), lr=lr, images_per_second=rate)
+            print(json.dumps(record), file=log)
+            terms = "  ".join(f"{name} {record[name]:.4g}" for name in values)
+            epoch = f"epoch {step / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
+            progress.show(step, f"{epoch}  {terms}  {rate:.0f} images/s")
+            if saving:
+                os.fsync(log.fileno())  # the log is never behind the checkpoint
+                parts = {name: part.state_dict() for name, part in state.items()}
+                save(path, dict(stage=STAGE, args=to_json(args), step=step, **parts))
+                logged_at = saved_at = time.monotonic()
+        sums = since = 0
+    if rank == 0:
+        print(f"done: {path}; stage 2: python eval.py --output {args.output}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------- processes
 
 
 def start(args):
@@ -140,22 +242,23 @@ def gather(tensor, dim=0):
     return torch.cat(parts, dim)
 
 
-def with_others(z, own):
-    """The embeddings [E, B, D] of all processes; those of this one, the rows `own`, with gradient.
+def gather_queries(z, rank_rows):
+    """The queries of all ranks [E, N, D] from this rank's z [E, B, D], its rows `rank_rows`.
 
-    Every process computes the loss of them all, and adds the gradient at its own rows.
+    Gradient flows into this rank's rows alone, where every rank adds up that of all N anchors.
     """
     everyone = gather(z, dim=1)
     world = everyone.shape[1] // z.shape[1]
-    z.register_hook(lambda gradient: gradient * world)  # DDP's mean over processes is to be a sum
-    return torch.cat([everyone[:, : own.start], z, everyone[:, own.stop :]], dim=1)
+    # DDP averages gradients over ranks; multiply by world size to get the sum.
+    z.register_hook(lambda gradient: gradient * world)
+    return torch.cat([everyone[:, : rank_rows.start], z, everyone[:, rank_rows.stop :]], dim=1)
 
 
 @torch.no_grad()
 def average_statistics(encoder):
-    """Set the running statistics of BatchNorm to their mean over the processes.
+    """Replace the running statistics of BatchNorm by their mean over the ranks.
 
-    Every process has those of its own images. Training does not read them; stage 2 may.
+    Every rank collects those of its own images. Training does not read them, but stage 2 may.
     """
     if dist.is_initialized():
         statistics = [buffer for buffer in encoder.buffers() if buffer.is_floating_point()]
@@ -163,39 +266,39 @@ def average_statistics(encoder):
         torch._foreach_copy_(statistics, means.split([len(part) for part in statistics]))
 
 
-class Shuffle:
-    """Which pictures of the global batch a process embeds at a step, and what it draws for them.
+class ShuffledBatch:
+    """Which images of the global batch of N this rank embeds at a step, and its random numbers.
 
-    `own` as queries, `of_keys` as keys (shuffle BN): normalised with the pictures of its query, a
-    key could be told by the batch's statistics. All follows from (seed, step); one process has all
-    pictures, unshuffled.
+    Its queries are the rows `rank_rows`, its keys those of other, random images (shuffle BN):
+    otherwise the BatchNorm statistics that a query and its key share could leak which key matches.
+    All follows from (seed, step). A single process embeds all images and shuffles nothing.
     """
 
-    def __init__(self, args, step, rows, device):
+    def __init__(self, args, step, rank_rows, device):
         self.seeds = [seed_from(args.seed, step, stream) for stream in (1, 2, 3)]
-        self.own = self.of_keys = rows
+        self.rank_rows = self.key_rows = rank_rows
         self.batch_size, self.device, self.order = args.batch_size, device, None
         if dist.is_initialized():
             generator = torch.Generator().manual_seed(self.seeds[0])
             order = torch.randperm(args.batch_size, generator=generator)
             self.order = order.to(device, non_blocking=True)
-            self.of_keys = self.order[self.own]
+            self.key_rows = self.order[rank_rows]
 
     def draws(self, keys=False):
-        """The random numbers of this process's query views, or of its key views."""
-        rows = self.of_keys if keys else self.own
+        """The random numbers of this rank's query views, or of its key views."""
+        rows = self.key_rows if keys else self.rank_rows
         return Draws(self.seeds[1 + keys], self.batch_size, rows, self.device)
 
-    def spread(self, images):
-        """This process's part, in the new order, of everyone's uint8 images [B, C, H, W]."""
-        return images if self.order is None else gather(images)[self.of_keys]
+    def shuffle(self, images):
+        """This rank's uint8 images [B, C, H, W] to those of which it embeds the keys."""
+        return images if self.order is None else gather(images)[self.key_rows]
 
-    def collect(self, keys):
-        """Everyone's keys [E, B, D] in the order of their pictures."""
+    def unshuffle(self, keys):
+        """The keys that this rank has embedded [E, B, D] to all keys in order [E, N, D]."""
         return keys if self.order is None else gather(keys, dim=1)[:, self.order.argsort()]
 
 
-# ---------------------------------------------------------------------------- saving, resuming
+# --------------------------------------------------------------------------------- saving, resuming
 
 
 def check_finite(tensors, step, lr):
@@ -245,18 +348,18 @@ def load(path, stage, script="train.py"):
     return content
 
 
-def plain(args):
+def to_json(args):
     """Arguments as a dict that JSON and torch.load(weights_only=True) take."""
     return json.loads(json.dumps(vars(args), default=str))
 
 
 # What may differ while a run goes on; the last five are eval.py's.
-HARMLESS = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"} | {
+MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"} | {
     "checkpoint", "plots", "export", "knn", "predict"
 }
 
 
-def flatten(settings, ignored=HARMLESS, prefix=""):
+def flatten(settings, ignored=MAY_CHANGE, prefix=""):
     """The settings of a run without the ignored ones, those of a nested dict as "name key"."""
     flat = {}
     for name, value in settings.items():
@@ -273,7 +376,7 @@ def resume(path, stage, args, device):
     step = saved.get("step", saved.get("epoch")) if saved else -1
     if len(gather(torch.tensor([step], device=device)).unique()) > 1:
         raise BadInput(f"processes find different {path}: all hosts must share --output")
-    before, now = (flatten(args) for args in (saved["args"], plain(args))) if saved else ({}, {})
+    before, now = (flatten(args) for args in (saved["args"], to_json(args))) if saved else ({}, {})
     differ = [
         f"{name} was {before.get(name)}, now {now.get(name)}"
         for name in sorted(before | now)
@@ -291,13 +394,13 @@ def open_log(path, args, step):
         for line in path.read_text().splitlines(keepends=True):
             lines += [line] if json.loads(line).get("step", 1) <= step else []  # header: from 1 on
     versions = {m.__name__: m.__version__ for m in (torch, torchvision)}
-    header = dict(command=shlex.join(sys.argv), versions=versions, arguments=plain(args))
+    header = dict(command=shlex.join(sys.argv), versions=versions, arguments=to_json(args))
     path.parent.mkdir(parents=True, exist_ok=True)
     save(path, "".join(lines) or json.dumps(header) + "\n")
     return open(path, "a", buffering=1)
 
 
-# ---------------------------------------------------------------------------- arguments, main
+# ---------------------------------------------------------------------------------------- arguments
 
 # Limits or choices, and help, of the flags whose defaults are the recipe's.
 STAGE1 = dict(
@@ -353,98 +456,6 @@ def add_run_flags(parser):
     text = "auto: the networks in bfloat16 where the device computes in it; losses stay float32"
     parser.flag("amp", "auto", ("auto", "off"), text)
     parser.run_flags()
-
-
-def main():
-    args = parse_args()
-    rank, world, device = start(args)
-    sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
-    args.pictures = {split: len(part) for split, part in sets.items()}  # must stay, as all of args
-    train_set, path = sets["train"], args.output / "checkpoint.pth"
-    data.fit_batch(args, len(train_set))
-    saved = resume(path, STAGE, args, device)
-
-    torch.manual_seed(args.seed)  # the same weights everywhere
-    counts = train_set.labels.bincount().to(device)
-    classes = len(counts) if args.loss in CLASSIFIERS else None
-    encoder = Encoder(args.arch, args.experts, classes)
-    if args.pretrained != "none" and not saved:
-        try:
-            load_pretrained(encoder, args.arch, args.pretrained)
-        except ValueError as error:
-            raise BadInput(f"--pretrained {args.pretrained}: {error}") from None
-    encoder = encoder.to(device, memory_format=torch.channels_last)
-    key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-    queue = Queue(args.queue_size, args.experts).to(device)
-    optimizer = torch.optim.SGD(
-        encoder.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
-    )
-    # All that is kept from step to step, and saved; what a step draws follows from (seed, step).
-    state = dict(encoder=encoder, key_encoder=key_encoder, queue=queue, optimizer=optimizer)
-    first = saved["step"] if saved else 0
-    for name, part in state.items() if saved else ():
-        part.load_state_dict(saved.pop(name))
-
-    train_step, crops = dscl_pbsd_step, 2
-    if classes:
-        log_prior = (counts / counts.sum()).log() * (args.loss == "la")
-        train_step, crops = partial(cross_entropy_step, log_prior=log_prior), 1
-    share = dict(seed=args.seed, start=first, rank=rank, world=world)
-    batches = Batches(train_set.labels, args.batch_size, args.epochs, **share)
-    loader = load_batches(train_set, batches, args, crops, args.workers, device)
-    per_epoch, steps = batches.per_epoch, args.epochs * batches.per_epoch
-    model = encoder
-    if dist.is_initialized():
-        model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
-        # BatchNorm's buffers are averaged at every record instead. The argument of this name warns
-        # since torch 2.14.
-        model.broadcast_buffers = False
-    if rank == 0:
-        log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
-        print(
-            f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
-            f"{steps}, {per_epoch} an epoch; {world} x {device.type}, {args.amp}", file=sys.stderr,
-        )
-
-    sums = since = 0  # of the loss and its terms, and the steps, since the last record
-    logged_at = saved_at = time.monotonic()
-    for step, (images, labels) in enumerate(loader, first + 1):
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, per_epoch, args)
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        shuffle = Shuffle(args, step - 1, batches.rows, device)
-        values = train_step(model, key_encoder, queue, images, labels, shuffle, args)
-        values["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        sums, since = sums + torch.stack(list(values.values())).detach(), since + 1
-        if step % per_epoch % LOG_EVERY:  # 0 at the end of an epoch as well
-            continue
-
-        # Rank 0's clock tells all processes when to save.
-        minutes = (time.monotonic() - saved_at) / 60
-        gathered = gather(torch.cat([sums / since, sums.new_tensor([minutes])])[None])
-        means, minutes = gathered[:, :-1].mean(0), gathered[0, -1].item()
-        check_finite([means, *encoder.parameters()], step, lr)
-        average_statistics(encoder)
-        due = min(1, args.save_minutes) if step % per_epoch == 0 else args.save_minutes
-        saving = step == steps or minutes >= due
-        if rank == 0:
-            seconds, logged_at = time.monotonic() - logged_at, time.monotonic()
-            rate = round(since * args.batch_size / seconds, 1)
-            record = dict(epoch=math.ceil(step / per_epoch), step=step)
-            record |= dict(zip(values, means.tolist()), lr=lr, images_per_second=rate)
-            print(json.dumps(record), file=log)
-            terms = "  ".join(f"{name} {record[name]:.4g}" for name in values)
-            epoch = f"epoch {step / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
-            progress.show(step, f"{epoch}  {terms}  {rate:.0f} images/s")
-            if saving:
-                os.fsync(log.fileno())  # the log is never behind the checkpoint
-                parts = {name: part.state_dict() for name, part in state.items()}
-                save(path, dict(stage=STAGE, args=plain(args), step=step, **parts))
-                logged_at = saved_at = time.monotonic()
-        sums = since = 0
-    if rank == 0:
-        print(f"done: {path}; stage 2: python eval.py --output {args.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tests/benchmark.py losses                   # both losses against a dense implementation
     python tests/benchmark.py step --device cuda       # a training step and the networks alone
-    python tests/benchmark.py input --pictures DIR     # one data loading process, on your JPEGs
+    python tests/benchmark.py input --images DIR     # one data loading process, on your JPEGs
 
 Sides take turns, so that a machine that drifts is fair to all: median (min to max) of the rounds.
 Speed is against the first side; launches are operations that are no views, with a GPU's blocks of
@@ -32,7 +32,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
-from data import DATASETS, Draws, ImageFiles, number
+from data import DATASETS, Draws, ImageFiles, bounded
 from losses import BLOCK, dscl_loss, pbsd_loss
 from models import Encoder, Queue, frozen_running_statistics, means, roi_means
 
@@ -268,11 +268,11 @@ class Ours:
         return *views, torch.randint(CLASSES, (args.batch_size,)).to(self.device)
 
     def loss(self, view, boxes, patches, key_view, labels):
-        shuffle = train.Shuffle(self.args, 0, slice(0, self.args.batch_size), self.device)
+        batch = train.ShuffledBatch(self.args, 0, slice(0, self.args.batch_size), self.device)
         parts = self.encoder, self.key_encoder, self.queue
         given = dict(query_views=lambda *_: (view, boxes, patches), key_view=lambda *_: key_view)
         with mock.patch.multiple(data, **given):
-            return train.dscl_pbsd_step(*parts, [None], labels, shuffle, self.args)["loss"]
+            return train.dscl_pbsd_step(*parts, [None], labels, batch, self.args)["loss"]
 
     def step(self, *inputs):
         self.loss(*inputs).backward()
@@ -281,7 +281,7 @@ class Ours:
 
 
 class Straightforward(Ours):
-    """As first written down: L patch passes, an EMA loop, dense losses, contiguous pictures."""
+    """As first written down: L patch passes, an EMA loop, dense losses, contiguous images."""
 
     layout, optimizer_options = torch.contiguous_format, {}
 
@@ -405,13 +405,13 @@ class Decoding(Published):
 
 
 def input_pipeline(args):
-    """Pictures a second of a directory's JPEGs, each side in one process."""
-    if not args.pictures:
-        raise data.BadInput("input needs JPEGs: --pictures DIR")
-    directory, kinds = args.pictures, (".jpg", ".jpeg")
+    """Images a second of a directory's JPEGs, each side in one process."""
+    if not args.images:
+        raise data.BadInput("input needs JPEGs: --images DIR")
+    directory, kinds = args.images, (".jpg", ".jpeg")
     found = sorted(path for path in directory.iterdir() if path.suffix.lower() in kinds)
     if not found:
-        raise data.BadInput(f"--pictures {directory} holds no JPEGs")
+        raise data.BadInput(f"--images {directory} holds no JPEGs")
     total, recipe = args.batches * BATCH_INPUT, recipe_of("imagenet_lt", "views")
     names = [os.fsencode(found[count % len(found)].name) for count in range(total)]
     files = ImageFiles(directory, names, [0] * total, directory)
@@ -434,7 +434,7 @@ def input_pipeline(args):
     kilobytes = statistics.mean(path.stat().st_size for path in found) / 1000
     print(f"one data loading process, batches of {BATCH_INPUT} of {len(found)} JPEGs, which have")
     print(f"{kilobytes:.0f} KB in the mean; {args.rounds} rounds; {machine('cpu')}\n")
-    rows = [["", "pictures a second", "speed", "of decoding", "KB to the device"]]
+    rows = [["", "images a second", "speed", "of decoding", "KB to the device"]]
     for side, own in rates.items():
         rows.append([side, spread(own, 0), ratio(own, rates["published"])])
         rows[-1] += [ratio(own, rates["decoding alone"]), f"{sizes[side]:.0f}"]
@@ -451,14 +451,14 @@ def main():
     text, recipes = "of step (default: all)", list(SIZES["cpu"])
     parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help=text)
     text = "images in a step (default: 8 for imagenet_lt, on a GPU 32, 128 and 256; else 128)"
-    size = dict(nargs="+", type=number(int, 2, 1e6), metavar="N", help=text)
+    size = dict(nargs="+", type=bounded(int, 2, 1e6), metavar="N", help=text)
     parser.add_argument("--batch-size", **size)
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="of input, its JPEGs")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="of input, its JPEGs")
     for flag, least, default, text in (
         ("--rounds", 1, 7, "timed rounds"),
         ("--batches", 2, 12, "of input, a round"),
     ):
-        kind, text = number(int, least, 1e6), f"{text} (default: {default})"
+        kind, text = bounded(int, least, 1e6), f"{text} (default: {default})"
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)
     args = parser.parse_args()
     commands[args.command](args)

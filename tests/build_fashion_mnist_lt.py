@@ -4,7 +4,7 @@
 
 DIRECTORY holds train-images-idx3-ubyte.gz and the three other files of Fashion-MNIST (MIT licence,
 beside this file), as in Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist.
-Training pictures 1000 to 10 a class by the field's formula, the next 100 of each class for
+Training images 1000 to 10 a class by the field's formula, the next 100 of each class for
 validation, the full test set.
 """
 

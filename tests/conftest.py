@@ -27,7 +27,7 @@ def imagenet_tree(tmp_path_factory):
     for split, counts in TREE_COUNTS.items():
         lines = []
         for label, count in enumerate(counts):
-            # As published: val pictures are of ImageNet's train/, test pictures of its val/.
+            # As published: val images are of ImageNet's train/, test images of its val/.
             folder = root / ("val" if split == "test" else "train") / f"n0000000{label}"
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
@@ -40,7 +40,7 @@ def imagenet_tree(tmp_path_factory):
 
 
 def folders(root, **splits):
-    """Writes pictures as splits, {class: number}, say; returns root."""
+    """Writes images as splits, {class: number}, say; returns root."""
     for split, counts in splits.items():
         for name, count in counts.items():
             (root / split / name).mkdir(parents=True, exist_ok=True)

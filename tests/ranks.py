@@ -24,14 +24,15 @@ def kept(kind):
     return make
 
 
-def spread(shuffle, images, original=train.Shuffle.spread):
-    of_keys = original(shuffle, images)
+def shuffle(batch, images, original=train.ShuffledBatch.shuffle):
+    of_keys = original(batch, images)
     moved.append((of_keys != images).flatten(1).any(1).float().mean().item())
     return of_keys
 
 
 torch.nn.BatchNorm2d.train = lambda norm, mode=True: torch.nn.Module.train(norm, False)
-train.Encoder, train.Queue, train.Shuffle.spread = kept(train.Encoder), kept(train.Queue), spread
+train.Encoder, train.Queue = kept(train.Encoder), kept(train.Queue)
+train.ShuffledBatch.shuffle = shuffle
 data.run(train.main)
 output = Path(sys.argv[sys.argv.index("--output") + 1])
 content = dict(states=[part.state_dict() for part in held], moved=moved)

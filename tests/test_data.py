@@ -44,7 +44,7 @@ def refused(says, *call):
 
 
 def labels_of(sets):
-    return {split: pictures.labels.bincount().tolist() for split, pictures in sets.items()}
+    return {split: dataset.labels.bincount().tolist() for split, dataset in sets.items()}
 
 
 # ------------------------------------------------------------------------------------- data sets
@@ -61,8 +61,8 @@ def test_counts_and_shots_are_the_fields():
 
 def test_the_shipped_data_set_is_the_one_described():
     assert labels_of(SHIPPED) == dict(train=COUNTS, val=[100] * 10, test=[1000] * 10)
-    for pictures in SHIPPED.values():
-        assert pictures.images.shape == (len(pictures), 1, 28, 28) and len(pictures.names) == 10
+    for dataset in SHIPPED.values():
+        assert dataset.images.shape == (len(dataset), 1, 28, 28) and len(dataset.names) == 10
     own = {image.numpy().tobytes() for image in SHIPPED["train"].images}
     assert len(own) == sum(COUNTS)
     assert not own & {image.numpy().tobytes() for image in SHIPPED["val"].images}
@@ -72,8 +72,8 @@ def test_the_build_script_gives_the_same_bytes_every_time(tmp_path, monkeypatch)
     random = np.random.default_rng(0)
     for name, size in (("train", 12000), ("t10k", 100)):
         labels = np.arange(size, dtype=np.uint8) % 10
-        pictures = random.integers(256, size=(size, 28, 28), dtype=np.uint8)
-        for kind, array in (("images", pictures), ("labels", labels)):
+        images = random.integers(256, size=(size, 28, 28), dtype=np.uint8)
+        for kind, array in (("images", images), ("labels", labels)):
             content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
             content = gzip.compress(content + array.tobytes(), compresslevel=1)
             (tmp_path / f"{name}-{kind}-idx{array.ndim}-ubyte.gz").write_bytes(content)
@@ -252,7 +252,7 @@ def test_unsorted_images_in_test_are_no_test_set(tmp_path, capsys):
     assert f"{tmp_path}/test: 5 files are left out" in capsys.readouterr().err
 
 
-def test_files_that_are_no_pictures_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys):
+def test_files_that_are_no_images_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys):
     hidden = {".cache": 2, "ant/.ipynb_checkpoints": 1}
     folders(tmp_path, train={"ant": 9, "bee": 9} | hidden, val=dict(ant=1, bee=1))
     for name in ("ant/a.gif", "ant/b.heic", "bee/._1.png", "loose.png"):
@@ -266,10 +266,10 @@ def test_files_that_are_no_pictures_and_hidden_folders_are_left_out_and_counted(
 
 def test_what_folders_lack_is_held_out_of_train(tmp_path):
     sets = load_dataset("imagefolder", folders(tmp_path / "a", train=dict(ant=60, cat=3)))
-    paths = [path for pictures in sets.values() for path in pictures.paths.tolist()]
+    paths = [path for dataset in sets.values() for path in dataset.paths.tolist()]
     assert len(set(paths)) == len(paths) == 63  # nothing twice, nothing lost
-    for pictures in sets.values():
-        assert [b"/cat/" in path for path in pictures.paths.tolist()] == pictures.labels.tolist()
+    for dataset in sets.values():
+        assert [b"/cat/" in path for path in dataset.paths.tolist()] == dataset.labels.tolist()
     (tmp_path / "a").rename(tmp_path / "b")  # wherever they lie
     again = load_dataset("imagefolder", folders(tmp_path / "b", val=dict(ant=4, cat=2)))
     assert labels_of(again)["val"] == [4, 2]
@@ -300,16 +300,16 @@ def test_the_path_of_a_picture_alone_says_whether_it_is_held_out():
             assert abs(list(whole.values())[label::2].count(split) - 2500 * share) < 80
     some = np.random.default_rng(0).permutation(paths)[:1000].tolist()  # of the same classes
     assert splits_of(some).items() <= whole.items()
-    # However small a class is, from three pictures on: each split has one of it.
+    # However small a class is, from three images on: each split has one of it.
     small = splits_of([b"%03d/%d.png" % (n // 3, n) for n in range(900)])
     assert len({(path[:3], split) for path, split in small.items()}) == 900
 
 
-# -------------------------------------------------------------------------- pictures and batches
+# -------------------------------------------------------------------------- images and batches
 
 
 def photograph(generator, width, height):
-    """A made picture with the 1/f spectrum of natural ones: uint8 [height, width, 3]."""
+    """A made image with the 1/f spectrum of natural ones: uint8 [height, width, 3]."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
 
@@ -325,12 +325,12 @@ def photograph(generator, width, height):
 
 
 def read(path):
-    with data.open_picture(path) as image:
+    with data.open_image(path) as image:
         return data.decode(image)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1"])
-def test_pictures_of_every_kind_become_rgb(mode, tmp_path):
+def test_images_of_every_kind_become_rgb(mode, tmp_path):
     pixels = np.kron(np.arange(0, 240, 15).reshape(4, 4), np.ones((8, 8))).astype(np.uint8)
     path = tmp_path / ("a.jpg" if mode in ("L", "CMYK") else "a.png")
     Image.fromarray(pixels).convert("RGB").convert(mode).save(path)
@@ -394,27 +394,27 @@ def test_a_reduced_decode_gives_the_same_view(crops, widths, tmp_path, monkeypat
     pixels = photograph(np.random.default_rng(0), 800, 600)
     pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, 800), np.linspace(0, 255, 600)[:, None]
     Image.fromarray(pixels).save(tmp_path / "0.jpg", quality=95, subsampling=0)
-    pictures = data.ImageFiles(tmp_path, [b"0.jpg"], [0], "made")
+    dataset = data.ImageFiles(tmp_path, [b"0.jpg"], [0], "made")
     call = [0] * 20, range(20), small_recipe("imagenet_lt", view_size=48), crops
-    reduced, whole, seen = pictures.views(*call).float(), data.decode, set()
+    reduced, whole, seen = dataset.views(*call).float(), data.decode, set()
 
-    def decode(image, reducible):
-        seen.add(whole(image, reducible).shape[2])
+    def decode(image, max_downscale):
+        seen.add(whole(image, max_downscale).shape[2])
         with Image.open(image.filename) as again:
             return whole(again)
 
     monkeypatch.setattr(data, "decode", decode)
-    differ = reduced - pictures.views(*call).float()
+    differ = reduced - dataset.views(*call).float()
     assert seen == widths
-    # Within half a pixel of an eighth of the picture; and sharp, blue's deviation is 49.
+    # Within half a pixel of an eighth of the image; and sharp, blue's deviation is 49.
     assert differ[:, :, :2, ::47, ::47].abs().max() < 4 * 255 / 600 + 2
     assert differ[:, :, :2].mean().abs() < 0.2 and 0 < differ[:, :, 2].abs().mean() < 4
 
 
 def test_batches_have_memory_of_their_own_as_pinning_demands(imagenet_tree):
-    for pictures in (SHIPPED["train"], load_dataset("imagenet_lt", imagenet_tree)["train"]):
+    for dataset in (SHIPPED["train"], load_dataset("imagenet_lt", imagenet_tree)["train"]):
         for crops in (0, 1, 2):
-            views = pictures.views([0, 1], [5, 6], small_recipe("imagenet_lt"), crops)
+            views = dataset.views([0, 1], [5, 6], small_recipe("imagenet_lt"), crops)
             assert all(views.stride()) and views.numel() == views.untyped_storage().nbytes()
 
 
@@ -440,7 +440,7 @@ def test_batches_resume_anywhere_and_ranks_share_them_out(balanced):
             Batches(labels, batch_size, 1, world=world, **options)
 
 
-def test_class_balanced_sampling_draws_classes_and_their_pictures_uniformly():
+def test_class_balanced_sampling_draws_classes_and_their_images_uniformly():
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     batches = Batches(labels, 500, 20, seed=0, balanced=True)
     counts = torch.tensor([indices for indices, _ in batches]).flatten().bincount()
@@ -467,7 +467,7 @@ def test_random_boxes_are_distributed_as_random_resized_crops():
 
 
 def test_crop_is_a_resize_of_box_i_of_picture_i_with_half_pixel_centres():
-    # On a ramp a crop must give the coordinates of its own pixels' centres; picture 1 falls.
+    # On a ramp a crop must give the coordinates of its own pixels' centres; image 1 falls.
     ramp = torch.arange(28.0).add(0.5).expand(1, 1, 28, 28)
     boxes = [[4, 3, 20, 27], [1, 0.5, 27, 27], [5, 5, 13, 13], [2.5, 1, 26.5, 9]]
     out = crop(torch.cat([ramp, -ramp]), torch.tensor(boxes), 8)
@@ -484,9 +484,10 @@ def test_each_colour_change_is_torchvisions():
         matrices = color_matrices(images.mean((2, 3)), drawn(50), jitter)
         factors = (matrices[:, 0, 0] - matrices[:, 1, 0]).tolist()  # of each of the three changes
         assert 0.7 <= min(factors) < 0.75 and 1.25 < max(factors) <= 1.3
-        for image, factor, ours in zip(images, factors, data.change_colors(images, matrices)):
+        for image, factor, ours in zip(images, factors, data.color_transform(images, matrices)):
             assert_close(ours, getattr(TF, f"adjust_{name}")(image, factor), atol=2e-3, rtol=0)
-    grey = data.change_colors(images, color_matrices(images.mean((2, 3)), drawn(50), [0] * 4, 1, 1))
+    matrices = color_matrices(images.mean((2, 3)), drawn(50), [0] * 4, 1, 1)
+    grey = data.color_transform(images, matrices)
     assert_close(grey, TF.rgb_to_grayscale(images, 3), atol=1e-3, rtol=0)
 
 
@@ -521,7 +522,7 @@ def test_colours_are_distributed_as_torchvisions(tint, tolerance):
     change = transforms.RandomApply([transforms.ColorJitter(*jitter)], jitter_p)
     grey = transforms.RandomGrayscale(grey_p)
     theirs = torch.stack([grey(change(image)) for image in images])
-    ours = data.change_colors(images, matrices)
+    ours = data.color_transform(images, matrices)
     assert_close(moments(ours), moments(theirs), atol=tolerance, rtol=0)
 
 
@@ -558,7 +559,7 @@ def test_each_view_is_changed_as_its_recipe_says_and_standardised():
     red = torch.tensor([200, 20, 40]).byte().view(1, 3, 1, 1).expand(9, 3, 20, 20)
     still = dict(query_jitter_p=0.0, key_jitter=(0,) * 4, patches=0)
     recipe = small_recipe("cifar10_lt", grey_p=1.0, **still)
-    mean, std = data.recipe_colors(recipe, "cpu")
+    mean, std = data.mean_and_std(recipe, "cpu")
     view, boxes, patches = query_views(red, drawn(9), recipe)
     assert boxes is None and patches is None
     assert_close(view * std + mean, TF.rgb_to_grayscale(red / 255, 3), atol=1e-3, rtol=0)
@@ -568,7 +569,7 @@ def test_each_view_is_changed_as_its_recipe_says_and_standardised():
 
 @pytest.mark.parametrize("rows", [slice(8, 16), torch.arange(24).flip(0)[::3]])
 @pytest.mark.parametrize("dataset", ["fashion_mnist_lt", "imagenet_lt"])
-def test_a_process_sees_the_views_that_one_process_would_make_of_its_pictures(dataset, rows):
+def test_a_process_sees_the_views_that_one_process_would_make_of_its_images(dataset, rows):
     def views(rows=slice(None), seed=0):
         of = images[rows], drawn(24, rows, seed), small_recipe(dataset, patches=3)
         query, boxes, patches = query_views(*of)
@@ -585,8 +586,8 @@ def test_the_sheet_of_views_shows_what_the_networks_see(tmp_path):
     ramp = torch.linspace(0, 200, 32).byte().expand(32, 32)
     images = torch.stack([ramp, ramp.T, torch.full_like(ramp, 90)]).expand(8, 3, 32, 32)
     still = dict(query_jitter_p=0.0, grey_p=0.0, key_jitter=(0,) * 4, view_size=32, seed=5)
-    pictures = data.Pictures(images, torch.zeros(8).long(), "made")
-    data.draw_views(tmp_path / "views", pictures, small_recipe("cifar10_lt", **still))
+    dataset = data.ImageArrays(images, torch.zeros(8).long(), "made")
+    data.draw_views(tmp_path / "views", dataset, small_recipe("cifar10_lt", **still))
     sheet = read(tmp_path / "views").float()
     assert sheet.shape == (3, 6 * 130 + 2, 5 * 130 + 2)
     cells = sheet[:, 2:, 2:].unfold(1, 128, 130).unfold(2, 128, 130).permute(1, 2, 0, 3, 4)

@@ -1,4 +1,4 @@
-"""Metrics by shots, what the linear classifier leaves alone, kNN, summary, export and pictures."""
+"""Metrics by shots, what the linear classifier leaves alone, kNN, summary, export and images."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from benchmark import recipe_of
 from PIL import Image
 
 import eval as stage2
-from data import BadInput, Pictures, in_turn, load_batches
+from data import BadInput, ImageArrays, evaluation_batches, load_batches
 from eval import (
     classifier_of,
     count_right,
@@ -63,9 +63,9 @@ def test_the_worst_confusions_are_named_largest_shares_first():
 
 
 class Ranks(torch.nn.Module):
-    """Class c has logit c, but for the class that a picture's first pixel names: that has 2.5.
+    """Class c has logit c, but for the class that an image's first pixel names: that has 2.5.
 
-    A second expert is sure of the picture's class, a third as sure of the next one.
+    A second expert is sure of the image's class, a third as sure of the next one.
     """
 
     def feature_maps(self, view):
@@ -89,12 +89,12 @@ class Ranks(torch.nn.Module):
 def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size, world, workers):
     labels = torch.arange(50) % 8
     images = torch.arange(50)[:, None, None, None].expand(-1, 3, 2, 2) % 8
-    pictures = Pictures(images.to(torch.uint8), labels, "made")
+    dataset = ImageArrays(images.to(torch.uint8), labels, "made")
     recipe = argparse.Namespace(mean=(0.0,) * 3, std=(1 / 255,) * 3)
     tally = confusion = 0
     for rank in range(world):
-        batches = in_turn(len(pictures), rank, world, batch_size)
-        loader = load_batches(pictures, batches, recipe, 0, workers, CPU)
+        batches = evaluation_batches(len(dataset), rank, world, batch_size)
+        loader = load_batches(dataset, batches, recipe, 0, workers, CPU)
         part, taken_for = count_right(Ranks(), loader, recipe, 8, CPU, "off")
         tally, confusion = tally + part, confusion + taken_for
     mean, ranks, sure, wrong = tally.tolist()
@@ -111,7 +111,7 @@ def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size
 
 def classifier(arch, experts=1):
     run = recipe_of("imagenet_lt", "views", "stage1", arch=arch, experts=experts)
-    encoder = classifier_of(run, {}, 7, 0, own=False)
+    encoder = classifier_of(run, {}, 7, 0, keep_heads=False)
     for module in encoder.modules():  # running statistics that are not those of the start
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
@@ -171,8 +171,8 @@ def test_a_fit_is_of_the_features_as_they_are_each_experts_its_own(monkeypatch):
     features = 5 + 3 * torch.randn(2, 140, 128) + 4 * torch.randn(2, 7, 128)[:, labels]
     features[:, :, 9] = 0  # a feature that says nothing
     monkeypatch.setattr(stage2, "split_features", lambda *_: features.clone())
-    pictures, args = Pictures(None, labels, ""), argparse.Namespace(penalty=(0.01, 1.0))
-    best = stage2.fit_classifier(encoder, pictures, None, args, None, (0, 1, CPU))
+    dataset, args = ImageArrays(None, labels, ""), argparse.Namespace(penalty=(0.01, 1.0))
+    best = stage2.fit_classifier(encoder, dataset, None, args, None, (0, 1, CPU))
     assert best == dict(accuracy=None, penalty=0.01)  # without val the first
     std, mean = torch.std_mean(features, 1)
     standardised = (features - mean[:, None]) / std.clamp(min=1e-6)[:, None]
@@ -187,24 +187,24 @@ def test_a_fit_is_of_the_features_as_they_are_each_experts_its_own(monkeypatch):
 @pytest.mark.parametrize("world", [1, 3])
 def test_features_of_all_processes_are_in_the_order_of_the_images(world, monkeypatch):
     images = torch.arange(20)[:, None, None, None].expand(-1, 1, 2, 2).to(torch.uint8)
-    pictures = Pictures(images, torch.zeros(20).long(), "made")
+    dataset = ImageArrays(images, torch.zeros(20).long(), "made")
     monkeypatch.setattr(stage2, "features_of", lambda e, view, amp: view[None, :, :2, 0, 0])
     monkeypatch.setattr(stage2.data, "evaluation_view", lambda images, run: images[0].float())
     args, parts = argparse.Namespace(workers=0, amp="off"), []
     monkeypatch.setattr(stage2, "gather", lambda part: parts.append(part) or part)
     for rank in range(world):
-        stage2.split_features(torch.nn.Identity(), pictures, args, None, (rank, world, CPU))
+        stage2.split_features(torch.nn.Identity(), dataset, args, None, (rank, world, CPU))
     gathered = torch.cat(parts)
     monkeypatch.setattr(stage2, "gather", lambda part: gathered)
-    features = stage2.split_features(torch.nn.Identity(), pictures, args, None, (0, world, CPU))
+    features = stage2.split_features(torch.nn.Identity(), dataset, args, None, (0, world, CPU))
     assert features[0, :, 0].tolist() == list(range(20))
 
 
 def test_nearest_neighbours_vote_by_their_cosine_and_classes_count_alike(monkeypatch):
     rows = torch.nn.functional.normalize(torch.eye(4)[[0, 0, 1, 2, 3, 3]] + 0.5 * torch.eye(4)[1])
-    monkeypatch.setattr(stage2, "split_features", lambda _, pictures, *rest: pictures.images[None])
-    bank = Pictures(torch.eye(5)[:, :4], torch.tensor([0, 1, 1, 2, 3]), "")  # 3 is not held out
-    held_out = Pictures(rows, torch.tensor([0, 1, 1, 1, 2, 0]), "")
+    monkeypatch.setattr(stage2, "split_features", lambda _, dataset, *rest: dataset.images[None])
+    bank = ImageArrays(torch.eye(5)[:, :4], torch.tensor([0, 1, 1, 2, 3]), "")  # 3 is not held out
+    held_out = ImageArrays(rows, torch.tensor([0, 1, 1, 1, 2, 0]), "")
     for k in (1, 3):  # the nearest weighs more than two others of another class
         accuracy = stage2.neighbour_accuracy(
             torch.nn.Identity(), bank, held_out, None, None, (0, 1, CPU), k=k
@@ -214,7 +214,7 @@ def test_nearest_neighbours_vote_by_their_cosine_and_classes_count_alike(monkeyp
 
 def write_results(run, accuracies, seed=0, alpha=0.1, lr=10.0):
     run.mkdir(parents=True)
-    stage1 = dict(seed=seed, alpha=alpha, loss="dscl", output=str(run), amp="bf16", pictures={})
+    stage1 = dict(seed=seed, alpha=alpha, loss="dscl", output=str(run), amp="bf16", images={})
     arguments = dict(seed=seed, lr=lr, output=str(run), plots=None)
     arguments |= dict(stage1=stage1)
     groups = dict(zip(("many", "medium", "few", "all"), accuracies))
@@ -283,8 +283,8 @@ def test_an_activation_map_is_red_where_the_images_class_is_seen_and_blue_elsewh
     encoder.feature_maps = lambda view: [feature_map, feature_map]
     path, counts = tmp_path / "m.png", torch.tensor([5, 9, 2])  # the last has no test image
     for level in (0, 255):  # on dark images as on light ones
-        pictures = Pictures(torch.full((2, 1, 28, 28), level).byte(), torch.tensor([0, 1]), "")
-        stage2.draw_activation(path, encoder, pictures, counts, run, ["a", "b", "c"], CPU)
+        dataset = ImageArrays(torch.full((2, 1, 28, 28), level).byte(), torch.tensor([0, 1]), "")
+        stage2.draw_activation(path, encoder, dataset, counts, run, ["a", "b", "c"], CPU)
         with Image.open(path) as image:  # tiles of 320 x 196 pixels: the image, and its map
             for left, here, elsewhere in ((2, (10, 10), (150, 150)), (324, (150, 150), (10, 10))):
                 assert image.getpixel((left + 80, 80)) == (level, level, level)

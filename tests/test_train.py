@@ -251,7 +251,7 @@ def test_the_adjusted_classifier_is_chosen_on_val_and_the_same_every_time(
         ("imagefolder", ("train", "test"), "test", "val"),
     ],
 )
-def test_results_say_which_split_they_are_of_and_pictures_and_weights_are_written(
+def test_results_say_which_split_they_are_of_and_images_and_weights_are_written(
     dataset, splits, reported, chosen, imagenet_tree, tmp_path, call
 ):
     for split in splits:
@@ -446,7 +446,7 @@ def test_other_settings_in_the_same_output_are_refused_with_the_differences(
     with np.load(small_root / "fashion_mnist_lt.npz") as arrays:
         small = {name: array[1:] for name, array in arrays.items()}
     np.savez(fewer / "fashion_mnist_lt.npz", **small)
-    with pytest.raises(BadInput, match="pictures train was 620, now 619"):
+    with pytest.raises(BadInput, match="images train was 620, now 619"):
         call(train, *TINY, "--data-root", fewer, "--output", output)
     with pytest.raises(BadInput, match="checkpoint.pth was trained with .*620.* these are .*619"):
         call(stage2, "--data-root", fewer, "--output", output)
@@ -502,7 +502,7 @@ def test_two_processes_compute_what_one_does_hold_the_same_and_shuffle_keys(smal
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
     first, second = (torch.load(output / f"rank{rank}", weights_only=True) for rank in (0, 1))
     assert len(first["states"]) == 2 and states_equal(first["states"], second["states"])
-    # Shuffle BN: most keys were made with other pictures than their queries.
+    # Shuffle BN: most keys were made with other images than their queries.
     assert len(first["moved"]) == 9 and min(first["moved"] + second["moved"]) > 0.5
 
 
@@ -621,14 +621,14 @@ def test_the_benchmark_trains_resumes_and_evaluates_in_two_processes(imagenet_tr
     assert done.returncode == 0 and "from step 2 of 4" in done.stderr, done.stderr
     header, steps = records(tmp_path)
     assert [record["step"] for record in steps] == [2, 4]
-    assert header["arguments"]["pictures"] == {s: sum(c) for s, c in TREE_COUNTS.items()}
+    assert header["arguments"]["images"] == {s: sum(c) for s, c in TREE_COUNTS.items()}
     stage2 = ["eval.py", "--output", tmp_path, "--epochs", 1, "--batch-size", 16, "--workers", 1]
     done = python(*LAUNCH, *stage2, "--bn", "train", env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["counts"] == TREE_COUNTS["train"] and results["many"] is None
     assert (results["reported_on"], results["chosen_on"]) == ("test", "val")
-    rights = np.array(results["per_class"]) * 3 / 100  # of three test pictures a class
+    rights = np.array(results["per_class"]) * 3 / 100  # of three test images a class
     assert np.allclose(rights, rights.round()) and results["top5"] == 100  # none counted twice
 
 
@@ -644,7 +644,7 @@ def test_a_picture_that_cannot_be_read_ends_both_stages_with_its_name(
     for stage, arguments, name in ((train, of_stage1, "train_7"), (stage2, of_stage2, "val_1")):
         broken = root / "train" / "n00000001" / f"{name}.JPEG"
         whole = broken.read_bytes()
-        broken.write_bytes(b"no picture")
+        broken.write_bytes(b"no image")
         done = python(*launcher, f"{stage.__name__}.py", *arguments, env=ONE_THREAD, timeout=60)
         assert done.returncode == (1 if launcher else 2), done.stderr  # torchrun's own is 1
         assert f"error: {broken} cannot be read as an image" in done.stderr
@@ -675,7 +675,7 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_step_reads_a_value_back_and_all_pictures_are_channels_last(
+def test_no_step_reads_a_value_back_and_all_images_are_channels_last(
     small_root, tmp_path, call, monkeypatch
 ):
     views, conv, begun, layouts = data.query_views, torch.nn.Conv2d.forward, [], set()
@@ -899,7 +899,7 @@ def test_a_set_smaller_than_the_recipes_batch_is_trained_on_whole(tmp_path, call
     options += ["--output", tmp_path / "run", "--workers", 0, "--warmup", 0]
     lowered = "--batch-size 128 is lowered to 16: the training set has 2[0-9] images\n"
     assert re.match(lowered, call(train, *options).err)
-    counts = checkpoint(tmp_path / "run")["args"]["pictures"]
+    counts = checkpoint(tmp_path / "run")["args"]["images"]
     assert checkpoint(tmp_path / "run")["args"]["batch_size"] == 16 <= counts["train"] < 32
     call(stage2, *options[4:8], "--workers", 0, *BALANCED)
     results = json.loads((tmp_path / "run" / "results.json").read_text())

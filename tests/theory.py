@@ -5,7 +5,7 @@
 p(z+|z) is an anchor's softmax probability of its own key in the contrast set of dscl_loss: other
 queries and all keys of its batch, and the queue. At the optimum of free embeddings it is alpha
 under DSCL, 1 where the anchor has no class mate, and 1 / (|P| + 1) under SCL. Measured on every
-training picture, with networks and queue of the checkpoint and views and batches as in training;
+training image, with networks and queue of the checkpoint and views and batches as in training;
 theory is the mean over the same anchors and their |P|. Writes nothing.
 """
 
@@ -36,18 +36,18 @@ def own_key(z, z_plus, labels, queue, temperature):
 
 @torch.no_grad()
 def measure(path, data_root):
-    """Of every training picture of a run: its class's size, p(z+|z) and theory's, each [N]."""
+    """Of every training image of a run: its class's size, p(z+|z) and theory's, each [N]."""
     saved = train.load(path / "checkpoint.pth", train.STAGE)
     run = argparse.Namespace(**saved["args"] | dict(device="auto", amp="off", patches=0))
     if run.loss in train.CLASSIFIERS:
         raise BadInput(f"{path} is a run of --loss {run.loss}, which has no keys")
     _, _, device = train.start(run)
     root = data_root or run.data_root
-    pictures = data.load_dataset(run.dataset, root, run.index_dir, run.imbalance)["train"]
-    count = len(pictures)
-    if count != run.pictures["train"]:
-        trained = run.pictures["train"]
-        raise BadInput(f"{path} was trained on {trained} pictures, {pictures.origin} has {count}")
+    dataset = data.load_dataset(run.dataset, root, run.index_dir, run.imbalance)["train"]
+    count = len(dataset)
+    if count != run.images["train"]:
+        trained = run.images["train"]
+        raise BadInput(f"{path} was trained on {trained} images, {dataset.origin} has {count}")
 
     encoder = Encoder(run.arch, run.experts).to(device, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(encoder)
@@ -55,17 +55,17 @@ def measure(path, data_root):
     for name, part in dict(encoder=encoder, key_encoder=key_encoder, queue=queue).items():
         part.load_state_dict(saved[name])
 
-    # The last batch is filled with pictures of the first, which are measured once all the same.
+    # The last batch is filled with images of the first, which are measured once all the same.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed))
     order = torch.cat([order, order[: -count % run.batch_size]])
     batches = [(rows.tolist(), rows.tolist()) for rows in order.split(run.batch_size)]
-    loader = data.load_batches(pictures, batches, run, 2, run.workers, device)
+    loader = data.load_batches(dataset, batches, run, 2, run.workers, device)
     measured, progress = [], data.Progress(len(batches))
     for step, (images, labels) in enumerate(loader, saved["step"]):
         images, labels = images.to(device), labels.to(device)
-        shuffle = train.Shuffle(run, step, slice(0, run.batch_size), device)
-        view, _, _ = data.query_views(images[0], shuffle.draws(), run)
-        key_view = data.key_view(images[-1], shuffle.draws(keys=True), run)
+        batch = train.ShuffledBatch(run, step, slice(0, run.batch_size), device)
+        view, _, _ = data.query_views(images[0], batch.draws(), run)
+        key_view = data.key_view(images[-1], batch.draws(keys=True), run)
         z, z_plus = encoder(view)[0], key_encoder(key_view)[0]
         p, positives = own_key(z, z_plus, labels, queue, run.temperature)
         queue.put(z_plus, labels)  # as in training, the queue moves on
@@ -75,18 +75,18 @@ def measure(path, data_root):
         measured.append(torch.stack([p, theory]))
         progress.show(step + 1 - saved["step"], str(path))
     p, theory = torch.cat(measured, dim=1)[:, :count].cpu()
-    return pictures.labels.bincount()[pictures.labels[order[:count]]], p, theory
+    return dataset.labels.bincount()[dataset.labels[order[:count]]], p, theory
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--output of train.py")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="of pictures that were moved")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="of images that were moved")
     args = parser.parse_args()
     runs = [measure(path, args.data_root) for path in args.runs]
     print(f"{'':<20}" + "".join(f"{path.name[-20:]:>24}" for path in args.runs))
-    print(f"{'pictures of a class':<20}" + f"{'p(z+|z)':>14}{'theory':>10}" * len(runs))
+    print(f"{'images of a class':<20}" + f"{'p(z+|z)':>14}{'theory':>10}" * len(runs))
     found = {size for sizes, _, _ in runs for size in sizes.unique().tolist()}
     for low in sorted({2 ** (size.bit_length() - 1) for size in found}):
         line = f"{f'{low} to {2 * low - 1}':<20}"
