@@ -54,7 +54,229 @@ STAGE = "stage 2 of DSCL + PBSD"
 RESULT = "the classifier of DSCL + PBSD"
 CONFUSIONS = 1000  # classes at most for which a square table of confusions is made
 
-# -------------------------------------------------------------------------------- classification
+
+def main():
+    args, saved = parse_args()
+    if args.summary:
+        return print(summary(args.summary))
+    if args.predict:
+        return predict(args, saved)
+    rank, world, device = processes = train.start(args)
+    args.stage1 = saved["args"] | dict(step=saved["step"])
+    cfg = argparse.Namespace(**saved["args"])
+    sets = data.load_dataset(cfg.dataset, args.data_root, args.index_dir, args.imbalance)
+    sizes = {split: len(part) for split, part in sets.items()}
+    if sizes != cfg.images:
+        raise BadInput(
+            f"{args.checkpoint} was trained with {cfg.images} images, these are {sizes}: test "
+            "images could be among those that it was trained on"
+        )
+    cfg.patches = 0  # stage 2 needs none
+    counts = sets["train"].labels.bincount()
+    names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
+    if args.classifier == "balanced":
+        data.fit_batch(args, len(sets["train"]))
+    encoder = classifier_of(cfg, saved.pop("encoder"), len(counts), args.seed, args.epochs == 0)
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    if args.knn:
+        split = "val" if "val" in sets else "test"
+        accuracy = neighbour_accuracy(encoder, sets["train"], sets[split], args, cfg, processes)
+        if rank == 0:
+            print(f"kNN on {split}, step {saved['step']}: {accuracy:.2f}")
+        return
+    for directory in filter(None, (args.output, args.plots, args.export and args.export.parent)):
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise BadInput(f"{directory} cannot be written")
+
+    # The classifier is chosen on val if there is a test set to report on, else val is reported.
+    train_set, reported = sets["train"], "test" if "test" in sets else "val"
+    val_set = sets.get("val") if reported == "test" and args.classifier != "stage1" else None
+    best = dict(accuracy=None)
+    if args.classifier == "balanced":
+        best = train_classifier(encoder, train_set, val_set, args, cfg, processes)
+    else:
+        # Refuses to overwrite the results of another stage 2.
+        resume(args.output / "classifier.pth", STAGE, args, device)
+    if args.classifier == "adjusted":
+        best = fit_classifier(encoder, train_set, val_set, args, cfg, processes)
+
+    # The test set is evaluated once, with the classifier that val chose.
+    loader = evaluation_loader(sets[reported], args, cfg, processes)
+    tally, taken_for = count_right(encoder, loader, cfg, len(counts), device, args.amp)
+    if rank > 0:
+        return
+    results, *experts = (metrics(part, counts) for part in tally)
+    results |= dict(
+        reported_on=reported, chosen_on="val" if val_set else None, val=best["accuracy"],
+        classifier=args.classifier, epoch=best.get("epoch"), penalty=best.get("penalty"),
+        classes=sets["train"].names, counts=counts.tolist(), reported_counts=tally[0, 0].tolist(),
+        experts=experts if len(experts) > 1 else None, arguments=to_json(args),
+    )
+    save(args.output / "results.json", json.dumps(results, indent=1) + "\n")
+    model = dict(stage=RESULT, args=to_json(args), classes=names, model=encoder.state_dict())
+    save(args.output / "model.pth", model)
+    print(table(results, counts))
+    if len(experts) > 1:
+        print("its experts alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
+    for line in worst_confusions(taken_for, names) if taken_for is not None else ():
+        print(line)
+    what = dict(
+        balanced=f"balanced, epoch {best.get('epoch')}", stage1="of stage 1",
+        adjusted=f"adjusted, penalty {best.get('penalty')}",
+    )[args.classifier]
+    what += f", chosen on val ({best['accuracy']:.2f})" if val_set else ""
+    print(f"on {reported}; classifier {what}; {args.output / 'results.json'}", file=sys.stderr)
+    if args.plots:
+        draw_accuracy(args.plots / "accuracy.png", results, names)
+        where = args.plots / "activation.png"
+        draw_activation(where, encoder, sets[reported], counts, cfg, names, device)
+    if args.export:
+        export(args.export, encoder, cfg, names)
+
+
+# -------------------------------------------------------------------------------------- classifiers
+
+
+def fit_classifier(encoder, train_set, val_set, args, cfg, processes):
+    """Solve for the heads on fixed features with logit adjustment (Menon et al., 2021, section 4).
+
+    In training the logarithm of the class frequencies is added to the logits. That corrects for
+    the imbalance, as class-balanced sampling does in the paper; `regression` has the equation.
+    Features are standardised by mean and deviation of the training set, and weight and bias are
+    changed in the end so that they apply to the features as they are. Each expert is solved for
+    alone. The penalty of args.penalty with the best class mean on val_set is taken, or the first
+    if that is None. Returns {"accuracy", "penalty"}, the former on val_set.
+
+    The features of all training images are held at once: 1 GB for ImageNet-LT and a ResNet-50.
+    """
+    rank, _, device = processes
+    labels = train_set.labels.to(device)
+    counts = labels.bincount()
+    log_prior = (counts / counts.sum()).log()
+    features = split_features(encoder, train_set, args, cfg, processes)  # [E, N, C]
+    std, mean = torch.std_mean(features, 1)  # [E, C]
+    std = std.clamp(min=1e-6)  # a feature that is always 0 keeps weight 0
+    features = features.sub_(mean[:, None]).div_(std[:, None])
+    if val_set:
+        held_out = split_features(encoder, val_set, args, cfg, processes)
+        held_out_labels = val_set.labels.to(device)
+    best = None
+    for penalty in args.penalty if val_set else args.penalty[:1]:
+        for expert, head in enumerate(encoder.heads):
+            weight, bias = regression(features[expert], labels, log_prior, penalty)
+            head.weight.data = weight / std[expert]
+            head.bias.data = bias - head.weight.data @ mean[expert]
+        accuracy = None
+        if val_set:
+            right = encoder.heads(held_out).mean(0).argmax(1) == held_out_labels
+            accuracy = class_mean(right, held_out_labels, len(counts))
+            if rank == 0:
+                print(f"classifier, penalty {penalty:g}  val {accuracy:.2f}", file=sys.stderr)
+        if not best or accuracy > best["accuracy"]:
+            heads = copy.deepcopy(encoder.heads.state_dict())
+            best = dict(accuracy=accuracy, penalty=penalty, heads=heads)
+    encoder.heads.load_state_dict(best.pop("heads"))
+    for value in encoder.heads.state_dict().values() if dist.is_initialized() else ():
+        dist.broadcast(value, 0)  # the same on all processes
+    return best
+
+
+def regression(features, labels, log_prior, penalty):
+    """Logistic regression with the class prior in its logits: weight [classes, C], bias [classes].
+
+        min over W, b of  mean_i cross_entropy(W x_i + b + log prior, y_i) + penalty |W|^2
+
+    features [N, C] are x_i, labels [N] are y_i, log_prior [classes]. The sum goes over chunks of N,
+    so that the logits [N, classes] are never held at once. The problem is convex, and L-BFGS starts
+    from zero: the result is the same every time.
+    """
+    classes = len(log_prior)
+    weight = features.new_zeros(classes, features.shape[1], requires_grad=True)
+    bias = features.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    def objective():
+        optimizer.zero_grad()
+        total = penalty * weight.square().sum()
+        total.backward()
+        for x, y in zip(features.split(8192), labels.split(8192)):
+            logits = x @ weight.T + bias + log_prior
+            loss = F.cross_entropy(logits, y, reduction="sum") / len(labels)
+            loss.backward()
+            total = total.detach() + loss.detach()
+        return total
+
+    optimizer.step(objective)
+    return weight.detach(), bias.detach()
+
+
+def train_classifier(encoder, train_set, val_set, args, cfg, processes):
+    """Train the heads by SGD with class-balanced sampling, as the paper does.
+
+    Leaves the weights of the best epoch on val_set in the encoder, or of the last if that is None.
+    Returns {"accuracy", "epoch"}, the former on val_set. Goes on from classifier.pth.
+    """
+    rank, world, device = processes
+    path, counts = args.output / "classifier.pth", train_set.labels.bincount()
+    optimizer = torch.optim.SGD(
+        encoder.heads.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay
+    )
+    epoch, best, saved = 0, None, resume(path, STAGE, args, device)
+    if saved:
+        encoder.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        epoch, best = saved["epoch"], saved["best"]
+    per_epoch = len(train_set) // args.batch_size
+    split = dict(start=epoch * per_epoch, rank=rank, world=world, balanced=True, seed=args.seed)
+    batches = Batches(train_set.labels, args.batch_size, args.epochs, **split)
+    loader = load_batches(train_set, batches, cfg, int(args.augment), args.workers, device)
+    val_loader = evaluation_loader(val_set, args, cfg, processes) if val_set else None
+    heads = encoder.heads
+    if dist.is_initialized():
+        heads = DistributedDataParallel(heads)
+    progress, began = Progress(len(batches.steps)), time.monotonic()
+    for step, (images, labels) in zip(batches.steps, loader):
+        encoder.train(args.bn == "train")
+        passed = sum(step >= milestone * args.epochs * per_epoch for milestone in args.milestones)
+        optimizer.param_groups[0]["lr"] = args.lr * 0.1**passed
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if args.augment:
+            seed = data.seed_from(args.seed, step, 1)  # not the stream that drew the classes
+            draws = Draws(seed, args.batch_size, batches.rows, device)
+            view, _, _ = data.query_views(images[0], draws, cfg)
+        else:
+            view = data.evaluation_view(images, cfg)
+        # The sum: each expert's classifier trains as it would alone.
+        logits = heads(features_of(encoder, view, args.amp))
+        loss = sum(F.cross_entropy(of_expert, labels) for of_expert in logits)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % per_epoch:
+            continue
+
+        epoch = (step + 1) // per_epoch
+        train.average_statistics(encoder)
+        accuracy = None
+        if val_set:
+            tally, _ = count_right(encoder, val_loader, cfg, len(counts), device, args.amp)
+            accuracy = metrics(tally[0], counts)["all"]
+        if not (best and val_set) or accuracy > best["accuracy"]:
+            state = copy.deepcopy(encoder.state_dict())
+            best = dict(accuracy=accuracy, epoch=epoch, model=state)
+        if rank == 0:
+            state = dict(model=encoder.state_dict(), optimizer=optimizer.state_dict())
+            save(path, dict(stage=STAGE, args=to_json(args), epoch=epoch, best=best, **state))
+            done = step + 1 - batches.steps.start
+            rate = done * args.batch_size / (time.monotonic() - began)
+            text = f"classifier, epoch {epoch}/{args.epochs}  loss {loss.item() / len(logits):.3f}"
+            text += f"  val {accuracy:.2f}" if val_set else ""
+            progress.show(done, f"{text}  {rate:.0f} images/s")
+    encoder.load_state_dict(best.pop("model"))
+    return best
 
 
 def classifier_of(cfg, state, classes, seed, keep_heads):
@@ -75,6 +297,29 @@ def features_of(encoder, view, amp):
     """What classifiers and kNN see of a view, float32 [E, B, C]: the means of its feature maps."""
     with autocast(view.device, amp):
         return means([maps.float() for maps in encoder.feature_maps(view)])
+
+
+def evaluation_loader(dataset, args, cfg, processes):
+    """A loader of this process's part of a split: image i is with process i % world."""
+    rank, world, device = processes
+    batches = evaluation_batches(len(dataset), rank, world)
+    return load_batches(dataset, batches, cfg, 0, args.workers, device)
+
+
+@torch.no_grad()
+def split_features(encoder, dataset, args, cfg, processes):
+    """The features of all images of a split, in their order, on all processes: [E, N, C]."""
+    _, world, device = processes
+    encoder.eval()
+    loader = evaluation_loader(dataset, args, cfg, processes)
+    views = (data.evaluation_view(images.to(device), cfg) for images, _ in loader)
+    features = torch.cat([features_of(encoder, view, args.amp) for view in views], dim=1)
+    size = -(-len(dataset) // world)  # some processes have one image less
+    features = gather(F.pad(features, (0, 0, 0, size - features.shape[1]))[None])
+    return features.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(dataset)]
+
+
+# ------------------------------------------------------------------------------------------ metrics
 
 
 @torch.no_grad()
@@ -122,6 +367,13 @@ def metrics(tally, train_counts):
     return dict(top1=top1, top5=top5, **means, per_class=per_class)
 
 
+def class_mean(right, labels, classes):
+    """The mean over the classes that occur of the share of right answers, in percent."""
+    counts = labels.bincount(minlength=classes)
+    right = labels[right].bincount(minlength=classes)
+    return 100 * (right / counts)[counts > 0].mean().item()
+
+
 def table(results, counts):
     """The results as a person reads them."""
     limits = dict(many="many-shot, > 100", medium="medium-shot", few="few-shot, < 20")
@@ -162,168 +414,7 @@ def worst_confusions(taken_for, names, count=3):
     ]
 
 
-@torch.no_grad()
-def split_features(encoder, dataset, args, cfg, processes):
-    """The features of all images of a split, as evaluation sees them, in their order: [E, N, C].
-
-    Every process computes its part, and gets those of the others.
-    """
-    rank, world, device = processes
-    encoder.eval()
-    shard = evaluation_batches(len(dataset), rank, world)
-    loader = load_batches(dataset, shard, cfg, 0, args.workers, device)
-    views = (data.evaluation_view(images.to(device), cfg) for images, _ in loader)
-    features = torch.cat([features_of(encoder, view, args.amp) for view in views], dim=1)
-    # Image i is number i // world of process i % world; some processes have one image less.
-    size = -(-len(dataset) // world)
-    features = gather(F.pad(features, (0, 0, 0, size - features.shape[1]))[None])
-    return features.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(dataset)]
-
-
-def class_mean(right, labels, classes):
-    """The mean over the classes that occur of the share of right answers, in percent."""
-    counts = labels.bincount(minlength=classes)
-    right = labels[right].bincount(minlength=classes)
-    return 100 * (right / counts)[counts > 0].mean().item()
-
-
-def regression(features, labels, log_prior, penalty):
-    """Logistic regression with the class prior in its logits: weight [classes, C], bias [classes].
-
-        min over W, b of  mean_i cross_entropy(W x_i + b + log prior, y_i) + penalty |W|^2
-
-    features [N, C] are x_i, labels [N] are y_i. The sum goes over chunks of N, so that memory holds
-    no [N, classes]. The problem is convex and L-BFGS starts from zero: the same result every time.
-    """
-    classes = len(log_prior)
-    weight = features.new_zeros(classes, features.shape[1], requires_grad=True)
-    bias = features.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
-
-    def objective():
-        optimizer.zero_grad()
-        total = penalty * weight.square().sum()
-        total.backward()
-        for x, y in zip(features.split(8192), labels.split(8192)):
-            logits = x @ weight.T + bias + log_prior
-            loss = F.cross_entropy(logits, y, reduction="sum") / len(labels)
-            loss.backward()
-            total = total.detach() + loss.detach()
-        return total
-
-    optimizer.step(objective)
-    return weight.detach(), bias.detach()
-
-
-def fit_classifier(encoder, train_set, val_set, args, cfg, processes):
-    """Solve for the heads on fixed features with logit adjustment (Menon et al., 2021, section 4).
-
-    In training the log of the class frequencies is added to the logits, which corrects for the
-    imbalance as class-balanced sampling does; see `regression`. Features are standardised by the
-    training set's mean and deviation, which weight and bias take up in the end. Every expert has
-    its own. Of several penalties in args.penalty the one with the best class mean on val_set is
-    taken, or the first if that is None. Returns {"accuracy", "penalty"}, the former on val_set.
-    """
-    rank, _, device = processes
-    labels = train_set.labels.to(device)
-    counts = labels.bincount()
-    log_prior = (counts / counts.sum()).log()
-    features = split_features(encoder, train_set, args, cfg, processes)  # [E, N, C]
-    std, mean = torch.std_mean(features, 1)  # [E, C]
-    std = std.clamp(min=1e-6)  # a feature that is always 0 keeps weight 0
-    features = features.sub_(mean[:, None]).div_(std[:, None])
-    if val_set:
-        held_out = split_features(encoder, val_set, args, cfg, processes)
-        held_out_labels = val_set.labels.to(device)
-    best = dict(accuracy=-1.0)
-    for penalty in args.penalty if val_set else args.penalty[:1]:
-        for expert, head in enumerate(encoder.heads):
-            weight, bias = regression(features[expert], labels, log_prior, penalty)
-            head.weight.data = weight / std[expert]
-            head.bias.data = bias - head.weight.data @ mean[expert]
-        accuracy = None
-        if val_set:
-            right = encoder.heads(held_out).mean(0).argmax(1) == held_out_labels
-            accuracy = class_mean(right, held_out_labels, len(counts))
-            if rank == 0:
-                print(f"classifier, penalty {penalty:g}  val {accuracy:.2f}", file=sys.stderr)
-        if accuracy is None or accuracy > best["accuracy"]:
-            heads = copy.deepcopy(encoder.heads.state_dict())
-            best = dict(accuracy=accuracy, penalty=penalty, heads=heads)
-    encoder.heads.load_state_dict(best.pop("heads"))
-    for value in encoder.heads.state_dict().values() if dist.is_initialized() else ():
-        dist.broadcast(value, 0)  # the same on all processes
-    return best
-
-
-def train_classifier(encoder, sets, loaders, args, cfg, processes):
-    """Train the heads on class-balanced batches; the best epoch on val, else the last.
-
-    Leaves its weights in the encoder; returns {"accuracy", "epoch"}. Goes on from classifier.pth.
-    """
-    rank, world, device = processes
-    train_set, path = sets["train"], args.output / "classifier.pth"
-    counts = train_set.labels.bincount()
-    optimizer = torch.optim.SGD(
-        encoder.heads.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay
-    )
-    epoch, best, saved = 0, dict(accuracy=-1.0), resume(path, STAGE, args, device)
-    if saved:
-        encoder.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        epoch, best = saved["epoch"], saved["best"]
-    per_epoch = len(train_set) // args.batch_size
-    split = dict(start=epoch * per_epoch, rank=rank, world=world, balanced=True, seed=args.seed)
-    batches = Batches(train_set.labels, args.batch_size, args.epochs, **split)
-    loader = load_batches(train_set, batches, cfg, int(args.augment), args.workers, device)
-    heads = encoder.heads
-    if dist.is_initialized():
-        heads = DistributedDataParallel(heads)
-    progress, began = Progress(len(batches.steps)), time.monotonic()
-    for step, (images, labels) in zip(batches.steps, loader):
-        encoder.train(args.bn == "train")
-        passed = sum(step >= milestone * args.epochs * per_epoch for milestone in args.milestones)
-        optimizer.param_groups[0]["lr"] = args.lr * 0.1**passed
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if args.augment:
-            seed = data.seed_from(args.seed, step, 1)  # not the stream that drew the classes
-            draws = Draws(seed, args.batch_size, batches.rows, device)
-            view, _, _ = data.query_views(images[0], draws, cfg)
-        else:
-            view = data.evaluation_view(images, cfg)
-        # The sum: each expert's classifier trains as it would alone.
-        logits = heads(features_of(encoder, view, args.amp))
-        loss = sum(F.cross_entropy(of_expert, labels) for of_expert in logits)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % per_epoch:
-            continue
-
-        epoch = (step + 1) // per_epoch
-        train.average_statistics(encoder)
-        accuracy = epoch  # without val the last epoch is the best
-        if "val" in loaders:
-            tally, _ = count_right(encoder, loaders["val"], cfg, len(counts), device, args.amp)
-            accuracy = metrics(tally[0], counts)["all"]
-        if accuracy > best["accuracy"]:
-            state = copy.deepcopy(encoder.state_dict())
-            best = dict(accuracy=accuracy, epoch=epoch, model=state)
-        if rank == 0:
-            state = dict(model=encoder.state_dict(), optimizer=optimizer.state_dict())
-            save(path, dict(stage=STAGE, args=to_json(args), epoch=epoch, best=best, **state))
-            done = step + 1 - batches.steps.start
-            rate = done * args.batch_size / (time.monotonic() - began)
-            text = f"classifier, epoch {epoch}/{args.epochs}  loss {loss.item() / len(logits):.3f}"
-            text += f"  val {accuracy:.2f}" if "val" in loaders else ""
-            progress.show(done, f"{text}  {rate:.0f} images/s")
-    encoder.load_state_dict(best.pop("model"))
-    return best
-
-
-# ----------------------------------------------------------------------------------- predictions
+# -------------------------------------------------------------------------------------- predictions
 
 
 class ReadableImages(BatchDataset):
@@ -377,7 +468,7 @@ def predict(args, saved):
         sys.exit(2)
 
 
-# ------------------------------------------------------------------- kNN, summary, export, plots
+# ---------------------------------------------------------------------- kNN, summary, export, plots
 
 
 @torch.no_grad()
@@ -525,7 +616,7 @@ def draw_activation(path, encoder, dataset, counts, cfg, names, device, side=160
     save_image(torch.cat([both, torch.stack(strips)], dim=2), path, nrow=3, pad_value=1)
 
 
-# ---------------------------------------------------------------------------- arguments, main
+# ---------------------------------------------------------------------------------------- arguments
 
 # What a setting of the recipe may be, and means.
 STAGE2 = dict(
@@ -613,90 +704,6 @@ def parse_args():
     if args.export and (cfg["arch"] in SMALL_ARCHS or cfg["experts"] > 1):
         raise BadInput(f"--export: torchvision has no {cfg['arch']} of {cfg['experts']} experts")
     return args, {name: saved[name] for name in ("args", "step", "encoder")}
-
-
-def main():
-    args, saved = parse_args()
-    if args.summary:
-        return print(summary(args.summary))
-    if args.predict:
-        return predict(args, saved)
-    rank, world, device = processes = train.start(args)
-    args.stage1 = saved["args"] | dict(step=saved["step"])
-    cfg = argparse.Namespace(**saved["args"])
-    sets = data.load_dataset(cfg.dataset, args.data_root, args.index_dir, args.imbalance)
-    sizes = {split: len(part) for split, part in sets.items()}
-    if sizes != cfg.images:
-        raise BadInput(
-            f"{args.checkpoint} was trained with {cfg.images} images, these are {sizes}: test "
-            "images could be among those that it was trained on"
-        )
-    cfg.patches = 0  # stage 2 needs none
-    counts = sets["train"].labels.bincount()
-    names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
-    if args.classifier == "balanced":
-        data.fit_batch(args, len(sets["train"]))
-    encoder = classifier_of(cfg, saved.pop("encoder"), len(counts), args.seed, args.epochs == 0)
-    encoder = encoder.to(device, memory_format=torch.channels_last)
-    if args.knn:
-        split = "val" if "val" in sets else "test"
-        accuracy = neighbour_accuracy(encoder, sets["train"], sets[split], args, cfg, processes)
-        if rank == 0:
-            print(f"kNN on {split}, step {saved['step']}: {accuracy:.2f}")
-        return
-    for directory in filter(None, (args.output, args.plots, args.export and args.export.parent)):
-        directory.mkdir(parents=True, exist_ok=True)
-        if not os.access(directory, os.W_OK):
-            raise BadInput(f"{directory} cannot be written")
-
-    reported = "test" if "test" in sets else "val"
-    fitted = args.classifier != "stage1"
-    chosen = "val" if {"val", "test"} <= sets.keys() and fitted else None
-    loaders = {}
-    for split in {chosen, reported} - {None}:
-        shard = evaluation_batches(len(sets[split]), rank, world)
-        loaders[split] = load_batches(sets[split], shard, cfg, 0, args.workers, device)
-    reporting = loaders.pop(reported)
-    best = dict(accuracy=None)
-    if args.classifier == "balanced":
-        best = train_classifier(encoder, sets, loaders, args, cfg, processes)
-    else:
-        # Refuses to overwrite the results of another stage 2.
-        resume(args.output / "classifier.pth", STAGE, args, device)
-    if args.classifier == "adjusted":
-        best = fit_classifier(encoder, sets["train"], sets.get(chosen), args, cfg, processes)
-
-    # Only now the test set, once, with what val chose.
-    tally, taken_for = count_right(encoder, reporting, cfg, len(counts), device, args.amp)
-    if rank > 0:
-        return
-    results, *experts = (metrics(part, counts) for part in tally)
-    results |= dict(
-        reported_on=reported, chosen_on=chosen, val=best["accuracy"] if chosen else None,
-        classifier=args.classifier, epoch=best.get("epoch"), penalty=best.get("penalty"),
-        classes=sets["train"].names, counts=counts.tolist(), reported_counts=tally[0, 0].tolist(),
-        experts=experts if len(experts) > 1 else None, arguments=to_json(args),
-    )
-    save(args.output / "results.json", json.dumps(results, indent=1) + "\n")
-    model = dict(stage=RESULT, args=to_json(args), classes=names, model=encoder.state_dict())
-    save(args.output / "model.pth", model)
-    print(table(results, counts))
-    if len(experts) > 1:
-        print("its experts alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
-    for line in worst_confusions(taken_for, names) if taken_for is not None else ():
-        print(line)
-    what = dict(
-        balanced=f"balanced, epoch {best.get('epoch')}", stage1="of stage 1",
-        adjusted=f"adjusted, penalty {best.get('penalty')}",
-    )[args.classifier]
-    what += f", chosen on val ({best['accuracy']:.2f})" if chosen else ""
-    print(f"on {reported}; classifier {what}; {args.output / 'results.json'}", file=sys.stderr)
-    if args.plots:
-        draw_accuracy(args.plots / "accuracy.png", results, names)
-        where = args.plots / "activation.png"
-        draw_activation(where, encoder, sets[reported], counts, cfg, names, device)
-    if args.export:
-        export(args.export, encoder, cfg, names)
 
 
 if __name__ == "__main__":
