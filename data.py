@@ -1,11 +1,11 @@
-"""Data sets with their recipes, long-tailed subsets, batches, and the views the method trains on.
+"""Data sets and their settings, long-tailed subsets, batches, and the views that training sees.
 
-    python data.py --dataset imagenet_lt --data-root DIR              # check a set before training
-    python data.py --dataset cifar100_lt --data-root DIR --download   # fetch it as well
-
-print what every split holds and what is wrong with its files; exit code 1 if anything is.
-
+    python data.py --dataset imagenet_lt --data-root DIR              # check a data set
+    python data.py --dataset cifar100_lt --data-root DIR --download   # download and check CIFAR
     python data.py --views views.png                                  # draw what the networks see
+
+The check counts the images and classes of every split and names missing, broken and repeated files;
+the exit code is 1 if there are any.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 from torchvision.utils import draw_bounding_boxes, save_image
 
-try:  # the same pixels as Pillow's, 1.4 times as fast; torchvision means to drop it
+try:  # the same pixels as Pillow's, 1.4 times as fast; torchvision plans to remove it
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
     decode_jpeg = None
@@ -50,13 +50,13 @@ RANK = int(os.environ.get("RANK", 0))  # of this process, as torchrun sets it
 
 
 def derive(base, **changes):
-    """A recipe, and what differs from it."""
+    """A recipe with changes, which are merged into the nested dicts of `base`."""
     return base | {k: base.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()}
 
 
-# Photographs on disk, decoded and cut by workers: the paper's ImageNet-LT, and where the paper is
-# silent its published code. All of it is flags, which VIEWS here, STAGE1 in train.py and STAGE2 in
-# eval.py explain.
+# Photographs on disk, decoded and cropped by worker processes: the settings of the paper for
+# ImageNet-LT and, where it does not say, of its published code. Each setting is a flag; VIEWS
+# here, STAGE1 in train.py and STAGE2 in eval.py explain them.
 PHOTOGRAPHS = dict(
     views=dict(
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
@@ -73,13 +73,13 @@ PHOTOGRAPHS = dict(
     stage2=dict(
         classifier="balanced", penalty=(1e-2, 1e-1, 1e-3, 1e-4),
         epochs=40, batch_size=2048, lr=10.0, weight_decay=0.0, milestones=(0.5, 0.75),
-        augment=True, bn="train",  # as the published code: the test sees statistics of all classes
+        augment=True, bn="train",  # as in the published code
     ),
 )
 
-# Small images in memory, cut on the device. What differs is ours, chosen on held-out images of
-# Fashion-MNIST-LT: so few pixels are blurred enough, and crops of them shift what a small frozen
-# backbone gives.
+# Small images, held in memory and cropped on the device. The changes are ours, chosen on held-out
+# images of Fashion-MNIST-LT: images this small need no blur, and random crops in stage 2 would
+# shift the features of a small frozen backbone.
 SMALL = derive(
     PHOTOGRAPHS,
     views=dict(view_size=32, crop_scale=(0.3, 1.0), blur_p=0.0, patches=2, patch_size=16),
@@ -93,15 +93,16 @@ SMALL = derive(
     ),
 )
 
-# 32 x 32; imbalance: the largest class over the smallest. The paper has no CIFAR: this is ours,
-# chosen on held-out training images of CIFAR-100-LT, and not again for CIFAR-10-LT.
+# Images of 32 x 32 pixels; imbalance is the size of the largest class divided by that of the
+# smallest. The paper has no CIFAR. The settings are ours, chosen on held-out training images of
+# CIFAR-100-LT and used unchanged for CIFAR-10-LT.
 CIFAR = derive(
     SMALL, source="cifar", imbalance=100.0,
     stage1=dict(queue_size=4096, pbsd_weight=1.0), stage2=dict(weight_decay=1e-4),
 )
 
 DATASETS = {
-    # 28 x 28 grey, 1000 to 10 images a class; a recipe for minutes on two CPU cores.
+    # Grey images of 28 x 28 pixels, 1000 to 10 of each class; trains in minutes on two CPU cores.
     "fashion_mnist_lt": derive(
         SMALL,
         source="npz", root=HERE / "tests",
@@ -125,8 +126,8 @@ DATASETS = {
         source="index", index=("ImageNet_LT_{}.txt", "{}.json"),
         index_folder="ImageNet_LT", published=dict(train=115846, val=20000, test=50000),
     ),
-    # Starts from ImageNet's weights, as the field does. Epochs, lr and K are ours, not tuned: a
-    # short fine-tuning, and a queue that holds half the training set, as on ImageNet-LT.
+    # Starts from weights trained on ImageNet, as is usual. Epochs, lr and K are ours and not tuned:
+    # a short fine-tuning, and a queue of half the training set, as on ImageNet-LT.
     "places_lt": derive(
         PHOTOGRAPHS,
         source="index", index=("Places_LT_{}.txt", "{}.json"),
@@ -136,7 +137,7 @@ DATASETS = {
             epochs=30, warmup=0.0667, lr=0.05, queue_size=32768,
         ),
     ),
-    # Half the epochs over four times the images; ours, as is the rest, not tuned.
+    # Half the epochs for four times the images. The settings are ours and not tuned.
     "inaturalist18": derive(
         PHOTOGRAPHS,
         source="index", index=("iNaturalist18_{}.txt", "{}2018.json"),
@@ -145,7 +146,7 @@ DATASETS = {
         stage1=dict(epochs=100),
     ),
     # Your own images, DATA_ROOT/<class>/* or DATA_ROOT/{train,val,test}/<class>/*: a few thousand
-    # photographs, or images of 32 to 64 pixels. Ours, not tuned; README says what to set for more.
+    # photographs here, images of 32 to 64 pixels below. Ours and not tuned; see README for more.
     "imagefolder": derive(
         PHOTOGRAPHS, source="folder",
         stage1=dict(
@@ -157,7 +158,7 @@ DATASETS = {
     "small_imagefolder": derive(SMALL, source="folder"),
 }
 
-# What a setting may be, and means.
+# The settings of the views: their limits and what they mean.
 VIEWS = dict(
     mean=((0, 1), "mean of red, green and blue, from 0 to 1"),
     std=((0.001, 1), "standard deviation of red, green and blue, from 0 to 1"),
@@ -192,15 +193,15 @@ class BadInput(Exception):
 
 @lru_cache
 def constant(values, device):
-    """A tensor of a tuple of numbers, made once: each copy to a GPU would wait for it."""
+    """A tensor of a tuple of numbers, kept: copying it to a GPU each time would make it wait."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Draws:
-    """Random numbers for the views of images, the same in any number of processes.
+    """Random numbers for the views of images, the same with any number of processes.
 
-    Drawn for all `batch_size` images of the global batch, of which `rows` are this process's;
-    `copies` of each, one after another, for its patches.
+    They are drawn for all `batch_size` images of the global batch, and this process uses those of
+    its `rows`. With `copies` there are as many for each image, for its patches.
     """
 
     def __init__(self, seed, batch_size, rows, device):
@@ -215,10 +216,11 @@ class Draws:
 
 
 def random_boxes(draws, size, scale, tries=10):
-    """Random resized crops of a square of `size` pixels: boxes [N, 4] as x1, y1, x2, y2.
+    """Boxes of random resized crops in a square of `size` pixels: [N, 4] as x1, y1, x2, y2.
 
-    As torchvision's RandomResizedCrop, in sub-pixels: area uniform in `scale` of the square, log
-    aspect ratio uniform, the first of `tries` that fits, else the whole square; position uniform.
+    As torchvision's RandomResizedCrop, but not rounded to pixels: a uniform area, as a fraction of
+    the square in the range `scale`, and a uniform log aspect ratio; the first of `tries` that fits
+    into the square, else the whole square; a uniform position.
     """
     area = size**2 * draws.uniform(*scale, tries)  # [N, tries]
     aspect = draws.uniform(*np.log(RATIO), tries).exp()
@@ -231,10 +233,10 @@ def random_boxes(draws, size, scale, tries=10):
 
 
 def crop(images, boxes, size):
-    """Cut and resize: images [B, C, H, W] and boxes [n B, 4] to [n B, C, size, size].
+    """Crop images [B, C, H, W] to boxes [n B, 4] and resize: [n B, C, size, size].
 
-    Box i is of image i mod B, in pixels. RoIAlign is a bilinear resize, averaging when it
-    shrinks, for all images at once.
+    Box i is of image i mod B, in pixels. RoIAlign crops and resizes all of them in one call:
+    bilinear, and with averaging where it shrinks.
     """
     rows = torch.arange(len(images), device=boxes.device, dtype=boxes.dtype)
     rows = rows.repeat(len(boxes) // len(images))
@@ -249,7 +251,7 @@ def random_flip(images, draws):
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
-# A hue change turns I and Q: in RGB it is HUE[0] + cos HUE[1] + sin HUE[2].
+# A change of hue rotates I and Q by an angle; in RGB that is HUE[0] + cos HUE[1] + sin HUE[2].
 TURN = np.array([np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1], [0, 1, 0]]])
 HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
 
@@ -257,10 +259,10 @@ HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
 def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
     """Colour jitter and random grey of each image as one affine map of its pixels: [B, 3, 4].
 
-    channel_means [B, 3], pixels in [0, 1]. `jitter` (brightness, contrast, saturation, hue) as in
-    torchvision's ColorJitter, with probability jitter_p. But hue is a rotation in YIQ where
-    torchvision's is a shift in HSV, and values are clamped once in the end, not at each change, so
-    that their order does not matter.
+    channel_means [B, 3] are of pixels in [0, 1]. `jitter` holds brightness, contrast, saturation
+    and hue as in torchvision's ColorJitter, and is applied with probability jitter_p. Two things
+    differ: hue is a rotation in YIQ instead of a shift in HSV, and values are clamped once at the
+    end instead of after each change, so that the order of the changes does not matter.
     """
     device = channel_means.device
     luma, hues = constant(LUMA, device), constant(HUE, device).view(3, 3, 3)
@@ -273,7 +275,7 @@ def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
 
     turn = hues[0] + angle.cos() * hues[1] + angle.sin() * hues[2]
     matrix = brightness * contrast * (turn @ torch.lerp(grey, identity, saturation))
-    # Contrast mixes with the mean grey of the image, which saturation and hue leave as it is.
+    # Contrast mixes pixels with the mean grey of the image, which saturation and hue do not change.
     offset = brightness * (1 - contrast) * (channel_means @ luma)[:, None, None]
     matrix = torch.cat([matrix, offset.expand(-1, 3, 1)], dim=2)
     matrix = torch.where(draws.uniform(0, 1, 1, 1) < jitter_p, matrix, unchanged)
@@ -298,7 +300,7 @@ def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
     kernel = (-0.5 * (offsets / draws.uniform(*sigma, 1)) ** 2).softmax(1)
     chosen = draws.uniform(0, 1, 1) < probability
     kernel = torch.where(chosen, kernel, (offsets == 0).to(kernel.dtype))
-    kernel = kernel.repeat_interleave(channels, 0)[:, None]  # each plane its own, both ways
+    kernel = kernel.repeat_interleave(channels, 0)[:, None]  # one for each channel of each image
     planes = F.pad(images.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
     planes = F.conv2d(planes, kernel[:, :, None], groups=count * channels)
     planes = F.conv2d(planes, kernel[:, :, :, None], groups=count * channels)
@@ -306,7 +308,7 @@ def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
 
 
 def mean_and_std(cfg, device):
-    """The channels' mean and std, each [3, 1, 1]."""
+    """Mean and standard deviation of the channels, each [3, 1, 1]."""
     return (constant(tuple(v), device)[:, None, None] for v in (cfg.mean, cfg.std))
 
 
@@ -324,9 +326,9 @@ def photometric(images, draws, cfg, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0
 
 
 def random_view(images, draws, cfg):
-    """uint8 crops [B, C, V, V], or whole images to cut, as a view: float [B, C, V, V] in [0, 1].
+    """A random flip of uint8 crops [B, C, V, V]: float [B, C, V, V] in [0, 1].
 
-    A random flip, and a random resized crop of what the workers have not cut.
+    Of a data set held in memory the images are whole, and are cropped here.
     """
     images = images.float() / 255
     if in_memory(cfg.dataset):
@@ -336,12 +338,12 @@ def random_view(images, draws, cfg):
 
 
 def evaluation_view(images, cfg):
-    """uint8 images [1, B, C, H, W], whole or their centre, only normalised: [B, 3, H, W]."""
+    """What evaluation sees of uint8 images [1, B, C, H, W]: normalised, [B, 3, H, W]."""
     return normalize(images[0].float() / 255, cfg)
 
 
 def query_views(images, draws, cfg):
-    """What the trained encoder sees of uint8 crops [B, C, V, V], or whole images to cut.
+    """What the trained encoder sees of uint8 crops [B, C, V, V], or of whole images.
 
     The query view [B, 3, V, V], L = cfg.patches boxes an image [L, B, 4] in its pixels, drawn
     after its crop and flip, and these regions before its colour changes as patches
@@ -351,7 +353,7 @@ def query_views(images, draws, cfg):
     changes = cfg.query_jitter, cfg.query_jitter_p, cfg.grey_p, cfg.blur_p
     boxes = patches = None
     if count:
-        of_patches = copy(draws)  # the stream goes on, with `count` rows an image
+        of_patches = copy(draws)  # continues the stream, with `count` numbers for each image
         of_patches.copies = count
         boxes = random_boxes(of_patches, cfg.view_size, cfg.patch_scale)
         patches = random_flip(crop(view, boxes, cfg.patch_size), of_patches)
@@ -362,7 +364,7 @@ def query_views(images, draws, cfg):
 
 
 def key_view(images, draws, cfg):
-    """What the momentum encoder sees of uint8 crops [B, C, V, V], or whole images to cut."""
+    """What the key encoder sees of uint8 crops [B, C, V, V], or of whole images."""
     return photometric(random_view(images, draws, cfg), draws, cfg, cfg.key_jitter)
 
 
@@ -370,14 +372,14 @@ def key_view(images, draws, cfg):
 
 
 def long_tailed_counts(largest, classes, factor):
-    """Images a class, n_c = int(largest * factor^(c / (classes - 1))); factor is min/max."""
+    """Images of each class, int(largest * factor^(c / (classes - 1))); factor is min/max."""
     return [int(largest * factor ** (c / (classes - 1))) for c in range(classes)]
 
 
 def shuffled_by_class(labels, classes):
-    """Indices of each class in the field's order; the first n_c of it are its long-tailed subset.
+    """The indices of each class, shuffled; the first n_c of them are its long-tailed subset.
 
-    Class by class, numpy's legacy generator with seed 0: what CIFAR-LT papers share.
+    Class by class with numpy's legacy generator and seed 0, as in most papers on CIFAR-LT.
     """
     random, labels = np.random.RandomState(0), np.asarray(labels)
     return [random.permutation(np.flatnonzero(labels == label)) for label in range(classes)]
@@ -402,7 +404,7 @@ class ImageArrays:
         return len(self.labels)
 
     def views(self, indices, seeds, cfg, crops):
-        """The whole images, once, uint8 [1, B, C, H, W]: the device will cut them."""
+        """The whole images, uint8 [1, B, C, H, W]; they are cropped on the device."""
         return self.images[indices][None]
 
 
@@ -421,27 +423,27 @@ class ImageFiles(ImageArrays):
         return self.root / os.fsdecode(self.paths[index])
 
     def views(self, indices, seeds, cfg, crops):
-        """`crops` random resized crops of each, or its centre if 0: uint8 [crops or 1, B, 3, V, V].
+        """`crops` random crops of each image, uint8 [crops, B, 3, V, V]; if 0, its centre.
 
-        seeds [B] decide about random crops. BadInput names a file that cannot be read.
+        The random crops follow from seeds [B]. BadInput names a file that cannot be read.
         """
         views = []
         for place, index in enumerate(indices):
             with open_image(self.path(index)) as image:
                 if crops:
-                    # torch.manual_seed would seed GPUs as well, which no worker may touch.
+                    # torch.manual_seed would seed GPUs too, which a worker must not use.
                     torch.default_generator.manual_seed(seeds[place])
                     views += random_crops(image, cfg.crop_scale, cfg.view_size, crops)
                 else:
                     views.append(central_crop(image, cfg.view_size))
-        # Collated into shared memory when a worker does it; channels last, as images are decoded.
+        # In a worker this collates into shared memory. Channels last, as images are decoded.
         views = default_collate([view.permute(1, 2, 0) for view in views])
         return views.unflatten(0, (len(indices), -1)).permute(1, 0, 4, 2, 3)
 
 
 @contextmanager
 def open_image(path):
-    """An image file, open and not yet decoded; BadInput names it when it cannot be read."""
+    """An image file, open but not decoded; BadInput names it if it cannot be read."""
     try:
         with Image.open(path) as image:
             yield image
@@ -457,8 +459,8 @@ def decode(image, max_downscale=1.0):
     """An open image as uint8 [3, H, W]; grey, CMYK, palette and alpha become RGB.
 
     16-bit grey is read as value // 256, as image viewers show it; 32-bit pixels are a ValueError.
-    A JPEG that may shrink by the factor `reducible` is decoded at half, a quarter or an eighth of
-    its size, as far as that allows: the resize that follows never enlarges what was thrown away.
+    A JPEG is decoded at a half, a quarter or an eighth of its size, but never smaller than by the
+    factor `max_downscale`, so that the resize that follows still shrinks it.
     """
     # 16-bit grey has mode "I;16", or "I" as read by some versions of Pillow from formats whose
     # pixels never have more than 16 bits.
@@ -492,12 +494,12 @@ def random_crops(image, scale, size, count):
 
 
 def shorter_side(size):
-    """Of evaluation's images, before their centre is cut: 256 for a centre of 224."""
+    """Pixels of the shorter side of an image before evaluation crops its centre: 256 for 224."""
     return size * 256 // 224
 
 
 def central_crop(image, size):
-    """Evaluation's view of an open image: its shorter side resized, and the centre cut."""
+    """What evaluation sees of an open image: its shorter side resized, and the centre cropped."""
     shorter = shorter_side(size)
     pixels = decode(image, min(image.size) / shorter)
     return center_crop(resize(pixels, [shorter], antialias=True), [size, size])
@@ -563,7 +565,7 @@ def read_npz(path, names):
 
 
 def read_cifar(files, root, imbalance, download):
-    """CIFAR-10/100-LT: the field's subset of the training images, and the whole test set."""
+    """CIFAR-10/100-LT: the usual subset of the training images, and the whole test set."""
     try:
         train, test = (files(root, train=train, download=download) for train in (True, False))
     except (RuntimeError, OSError) as error:
@@ -720,10 +722,10 @@ def read_folders(root):
 
 
 def hold_out(paths, labels, missing):
-    """The split of every image of train/, of which the missing ones get their shares.
+    """The split of every training image, after holding images out for the `missing` splits.
 
-    A hash of its path decides about an image, whatever the seed and whichever others come or go;
-    but every split has at least one of each class that has three, and none of a smaller class.
+    A hash of its path decides about an image, so that neither the seed nor other images matter.
+    But every split gets an image of each class of three or more, and none of a smaller class.
     """
     digests = [sha256(path).digest() for path in paths]
     splits, rows_of = ["train"] * len(paths), {}
@@ -749,7 +751,7 @@ def seed_from(*numbers):
 
 
 def fit_batch(args, count):
-    """Lower a batch size that a training set is too small for to a power of two that it has."""
+    """Lower a batch size above the size of the training set to the largest power of two below."""
     if args.batch_size > count:
         fitting = 2 ** (count.bit_length() - 1)
         if RANK == 0:
@@ -759,11 +761,12 @@ def fit_batch(args, count):
 
 
 class Batches:
-    """(indices, seeds of their crops) of a whole run, a function of (seed, step): resume anywhere.
+    """The batches of a whole run: (indices, seeds of their random crops) of each step.
 
-    Shuffled epochs without replacement, the rest that fills no batch left out; or, `balanced`,
-    class-balanced sampling: a class drawn uniformly, then an image of it.
-    Each of `world` ranks gets its own rows of the global batch.
+    Epochs are shuffled, without replacement, and images that fill no batch are left out; or, with
+    `balanced`, sampling is class-balanced: a class is drawn uniformly, then an image of it. Each
+    step follows from (seed, step), so that a run can continue anywhere. Every rank gets its rows
+    of the global batch.
     """
 
     def __init__(self, labels, batch_size, epochs, seed, balanced=False, start=0, rank=0, world=1):
@@ -794,20 +797,20 @@ class Batches:
                     random = torch.Generator().manual_seed(seed_from(self.seed, epoch))
                     order = torch.randperm(len(self.labels), generator=random)
                 batch = order[position * self.batch_size :][: self.batch_size]
-            # A stream of its own; an image's crops are the same on any number of processes.
+            # An image's crops are the same with any number of processes.
             seeds = np.random.SeedSequence((self.seed, step), spawn_key=(1,))
             seeds = seeds.generate_state(self.batch_size, np.uint64) >> np.uint64(1)
             yield batch[self.rows].tolist(), seeds[self.rows].tolist()
 
 
 def evaluation_batches(count, rank=0, world=1, batch_size=128):
-    """Batches of every image of a split, for a loader: this process's part, none twice."""
+    """Batches of all images of a split, none twice: this process's part, for a loader."""
     rows = torch.arange(count)[rank::world]
     return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
 
 
 class BatchDataset:
-    """What a loader hands over for a batch (indices, seeds) of a split: images and labels."""
+    """Maps a batch (indices, seeds) of a split to its images and labels."""
 
     def __init__(self, dataset, cfg, crops):
         self.dataset, self.cfg, self.crops = dataset, cfg, crops
@@ -856,10 +859,10 @@ def cores():
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of a command on a data set; errors are one line.
+    """The arguments of a command on a data set; an error is a BadInput.
 
-    --dataset is read first: the flags that follow have the defaults of that data set's recipe.
-    `chosen_by` are the arguments that choose the defaults which --help shows.
+    --dataset is read first, since the other flags have that data set's defaults. `chosen_by` says
+    in --help which arguments choose the defaults that it shows.
     """
 
     def __init__(self, description, dataset=DEFAULT, chosen_by="--dataset NAME"):
@@ -941,7 +944,7 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
-CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # takes back a live line
+CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # clears a live line
 
 
 class Progress:
@@ -988,9 +991,10 @@ def explain(error):
 
 
 def run(main):
-    """Call main(); an end that is no fault of the code is one line and an exit code.
+    """Call main(); print errors that are no fault of the code as one line.
 
-    2: what the user can fix; 130: Ctrl-C; 1: the connection to another process failed.
+    The exit code is 2 if the user can fix it, 130 after Ctrl-C, and 1 if the connection to another
+    process failed.
     """
     try:
         main()
@@ -998,7 +1002,7 @@ def run(main):
             dist.destroy_process_group()
         return
     except BadInput as error:
-        # What a worker raised arrives as the text of its traceback, with the message in the end.
+        # The error of a worker process arrives as its traceback, which ends with the message.
         code, message = 2, str(error).rpartition("BadInput: ")[2].strip()
     except OSError as error:
         reason = error.strerror or str(error).strip().rpartition("\n")[2]
@@ -1072,6 +1076,7 @@ def check(sets, args):
 
 def draw_views(path, dataset, args, count=6):
     """Draw what the networks see of some images: query view, its boxes, key view, patches."""
+    count = min(count, len(dataset))
     indices = torch.linspace(0, len(dataset) - 1, count).long().tolist()
     images = dataset.views(indices, indices, args, 2)
     draws = [Draws(args.seed + n, count, slice(None), "cpu") for n in (0, 1)]

@@ -18,11 +18,12 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
 
         L_i = logsumexp_m(z_m.z_i / tau) - a z_i+.z_i / tau - (1 - a) mean_{t in P_i} z_t.z_i / tau
 
-    This is -1/(|P_i| + 1) sum_t log [exp(w_t z_t.z_i / tau) / sum_m exp(z_m.z_i / tau)] over z_i+
-    and P_i: the weights w_t = a (|P_i| + 1) of z_i+ and (1 - a)(|P_i| + 1) / |P_i| of P_i leave the
-    logarithm and lose the factor. The contrast set m is the other queries, all keys and the queue.
-    P_i, the anchor's class mates, are those of its label other than itself and its own key z_i+.
-    The share a is `alpha`, 1 where P_i is empty; alpha=None sets a = 1 / (|P_i| + 1): SCL.
+    The paper writes -1/(|P_i| + 1) sum_t log [exp(w_t z_t.z_i / tau) / sum_m exp(z_m.z_i / tau)]
+    over t in {z_i+} and P_i, with w_t = a (|P_i| + 1) for z_i+ and (1 - a)(|P_i| + 1) / |P_i| for
+    P_i. w_t scales the logit; with the factor 1/(|P_i| + 1) it becomes a for z_i+ and
+    (1 - a)/|P_i| for the others. The contrast set m is the other queries, all keys and the queue;
+    P_i are those of it with the anchor's label, without its own key z_i+. a is `alpha`, or 1 where
+    P_i is empty; alpha=None sets a = 1 / (|P_i| + 1), which is SCL.
 
     query [B, D]         embeddings z_i; gradient flows to them as anchors and as contrast
     key [B, D]           momentum embeddings z_i+ of the same images; constant
@@ -48,7 +49,7 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
 
     with torch.autocast(query.device.type, enabled=False):
         scaled = query / temperature
-        # The batch as contrast: small and dense, because its queries carry gradient.
+        # The batch as contrast is a dense matrix: it is small, and gradient flows to its queries.
         batch = torch.cat([query, key])  # [2B, D]
         logits = scaled @ batch.T  # [B, 2B]
         own_logit = logits[:, size:].diagonal()  # [B] z_i+.z_i / tau
@@ -57,7 +58,7 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
         contrast = torch.cat([logits.masked_fill(itself, -torch.inf), in_queue[:, None]], dim=1)
         logsumexp = contrast.logsumexp(1)  # [B]
 
-        # The sum over P_i: a mask in the batch, a per-class sum of the queue.
+        # The sum over P_i: with a mask in the batch, from per-class sums in the queue.
         mates = ((labels[:, None] == labels) & ~itself[:, :size]).to(query.dtype).repeat(1, 2)
         class_sum, class_count = _class_sums(labels, queue, queue_labels)  # [B, D], [B]
         positives = mates.sum(1) + class_count  # [B] |P_i|
@@ -65,10 +66,10 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
         mean_pull = pull / positives.clamp(min=1)
 
         if alpha is None:
-            share = 1 / (positives + 1)
+            own_weight = 1 / (positives + 1)
         else:
-            share = torch.full_like(positives, alpha).masked_fill(positives == 0, 1)
-        return (logsumexp - torch.lerp(mean_pull, own_logit, share)).mean()
+            own_weight = torch.full_like(positives, alpha).masked_fill(positives == 0, 1)
+        return (logsumexp - torch.lerp(mean_pull, own_logit, own_weight)).mean()
 
 
 def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
@@ -76,9 +77,9 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
 
         L_i = 1/L sum_j sum_t -p(z_t|c_i[j]) log p(z_t|s_i[j])
 
-    p(z_t|.) is the softmax over the image's own key and the queue; labels play no part.
-    The cross-entropy needs the teacher's distribution only through its mean A(c) of the bank:
-    logsumexp(s) - s.A(c) / tau, with gradient (A(s) - A(c)) / tau.
+    p(z_t|.) is the softmax over the image's own key and the queue; labels play no part. Of the
+    teacher's distribution the cross-entropy needs only A(c), the mean of the bank under it:
+    it is logsumexp(s) - s.A(c) / tau, and its gradient is (A(s) - A(c)) / tau.
 
     roi [L, B, D]        region embeddings c_i[j] of the query view, the teacher; constant
     patch [L, B, D]      embeddings s_i[j] of the same regions as patches, the student; gradient
@@ -98,15 +99,15 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
     patch, roi, key, queue = _full_precision(patch, roi.detach(), key.detach(), queue.detach())
 
     with torch.autocast(patch.device.type, enabled=False):
-        # Teacher and student walk over the queue together.
+        # One pass over the queue for teacher and student.
         both = torch.stack([roi, patch])  # [2, L, B, D]
         logsumexp, mean = bank_attention(both.flatten(0, 2), queue, temperature=temperature)
         logsumexp, mean = logsumexp.view(2, count, size), mean.view(2, count, size, dim)
         own_logit = (both * key).sum(3) / temperature  # [2, L, B] of z_i+ with c, s
 
-        # A(c) over queue and own key: p(z_i+|c) is a sigmoid of the two log-weights.
-        own_share = (own_logit - logsumexp).detach().sigmoid()[0, ..., None]  # [L, B, 1]
-        teacher_mean = torch.lerp(mean[0], key.expand_as(roi), own_share)  # [L, B, D]
+        # Add the own key to A(c): its probability p(z_i+|c) is a sigmoid of the two logarithms.
+        p_own = (own_logit - logsumexp).detach().sigmoid()[0, ..., None]  # [L, B, 1]
+        teacher_mean = torch.lerp(mean[0], key.expand_as(roi), p_own)  # [L, B, D]
         logsumexp = torch.logaddexp(logsumexp, own_logit)[1]  # [L, B] of the student
         return (logsumexp - (patch * teacher_mean).sum(2) / temperature).mean()
 
@@ -123,7 +124,7 @@ def _class_sums(labels, queue, queue_labels):
     return sums[anchor], counts[anchor]
 
 
-# Elements in a block of logits: a CPU's cache holds them, a GPU has one block for its batch.
+# Elements in a block of logits: as many as a CPU's cache holds; on a GPU a batch is one block.
 BLOCK = {"cpu": 2**18}
 
 
@@ -179,7 +180,7 @@ def bank_attention(query, bank, *, temperature=0.07):
 
 
 def _full_precision(*tensors):
-    """Lift half precision to float32; what stands with a float64 first tensor becomes float64."""
+    """Convert half precision to float32, and all to float64 if the first tensor is float64."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
 

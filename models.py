@@ -1,8 +1,7 @@
-"""What DSCL + PBSD trains: an encoder, its moving average, and the queue of past keys.
+"""The networks of DSCL + PBSD: an encoder, its moving average, and the queue of past keys.
 
-Encoder         backbone f and projection head g: views, regions and patches to unit embeddings;
-                several experts share the first stages
-moving_average  makes the key encoder of it, whose embeddings are the keys z_i+
+Encoder         backbone f and projection head g, which embed views, regions and patches
+moving_average  updates the key encoder, whose embeddings are the keys z_i+
 Queue           M, the first-in-first-out memory of keys and labels
 """
 
@@ -27,12 +26,12 @@ ARCHS = (*SMALL_ARCHS, "resnet18", "resnet50", "resnet152", "resnext50_32x4d")
 
 
 class Encoder(nn.Module):
-    """Backbone f and projection head g of E experts; embeddings are normalise(g(f(x))), float32.
+    """Backbone f and projection head g of E experts; an embedding is normalise(g(f(x))), float32.
 
     The experts share the backbone up to layer2 (`shared`); each has its own layer3, layer4
-    (`branches`) and head (RIDE, Wang et al., 2021). Outputs have the experts as first dimension.
-    With `classes` the heads are linear classifiers and give logits [E, B, classes] instead: of the
-    cross-entropy baseline and of stage 2.
+    (`branches`) and head, as in RIDE (Wang et al., 2021). The first dimension of all outputs is E.
+    With `classes` the heads are linear classifiers, for the cross-entropy baselines and stage 2,
+    and the outputs are logits [E, B, classes].
     """
 
     def __init__(self, arch, experts=1, classes=None):
@@ -44,11 +43,11 @@ class Encoder(nn.Module):
         self.heads = Heads(nn.Linear(c, classes) if classes else projection(c) for c in channels)
 
     def forward(self, view, boxes=None, patches=None):
-        """Embeddings of views and, as teacher and student, of their regions and patches.
+        """Embeddings of views, of their regions (the teacher) and of their patches (the student).
 
-        view [B, 3, V, V], boxes [L, B, 4] as x1, y1, x2, y2 in its pixels, patches
-        [L, B, 3, S, S]. Returns z [E, B, D], c [E, L, B, D] without gradient and s [E, L, B, D];
-        c and s are None without patches.
+        view [B, 3, V, V], boxes [L, B, 4] as x1, y1, x2, y2 in pixels of the view, patches
+        [L, B, 3, S, S]. Returns z [E, B, D], c [E, L, B, D] without gradient, and s [E, L, B, D].
+        Without patches c and s are None.
         """
         feature_maps = self.feature_maps(view)
         z = self.heads(means(feature_maps))
@@ -57,7 +56,7 @@ class Encoder(nn.Module):
         with torch.no_grad():
             regions = [roi_means(maps, boxes, view.shape[-1]) for maps in feature_maps]
             c = self.heads(torch.stack(regions))
-        # All L x B patches in one pass; running statistics describe whole views alone.
+        # All L x B patches pass at once, and leave the running statistics to whole views.
         with frozen_running_statistics(self):
             s = self.heads(means(self.feature_maps(patches.flatten(0, 1))))
         return z, c, s.unflatten(1, patches.shape[:2])
@@ -69,10 +68,10 @@ class Encoder(nn.Module):
 
 
 class Heads(nn.ModuleList):
-    """One head an expert: rows [E, ..., C] to [E, ..., D]."""
+    """One head for each expert: features [E, ..., C] to outputs [E, ..., D]."""
 
     def forward(self, rows):
-        return torch.stack([head(own) for head, own in zip(self, rows)])
+        return torch.stack([head(of_expert) for head, of_expert in zip(self, rows)])
 
 
 class UnitLength(nn.Module):
@@ -89,24 +88,24 @@ def projection(channels, dim=128):
 
 
 def means(feature_maps):
-    """The mean over each expert's feature map: [E, B, C]."""
+    """The features: each expert's feature map, averaged over its cells: [E, B, C]."""
     return torch.stack([maps.mean((2, 3)) for maps in feature_maps])
 
 
 def roi_means(feature_map, boxes, view_size):
-    """The mean of RoIAlign to 2 x 2 of every box [L, B, 4], in pixels of the view: [L, B, C]."""
+    """RoIAlign to 2 x 2 of every box [L, B, 4], in pixels of the view, averaged: [L, B, C]."""
     count, size, _ = boxes.shape
     rows = torch.arange(size, device=boxes.device, dtype=boxes.dtype).repeat(count)
     rois = torch.cat([rows[:, None], boxes.flatten(0, 1)], dim=1)
     scale = feature_map.shape[-1] / view_size
-    # aligned=True: without it every box is shifted by half a cell.
+    # Without aligned=True every box would be shifted by half a cell.
     regions = roi_align(feature_map.float(), rois, 2, spatial_scale=scale, aligned=True)
     return regions.mean((2, 3)).unflatten(0, (count, size))
 
 
 @contextmanager
 def frozen_running_statistics(module):
-    """BatchNorm normalises by the batch as in training, but its running statistics stand still."""
+    """BatchNorm normalises by the batch, as in training, but keeps its running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.track_running_stats = False
@@ -117,25 +116,25 @@ def frozen_running_statistics(module):
 
 @torch.no_grad()
 def moving_average(key_encoder, encoder, momentum):
-    """The key encoder's step: theta_key <- m theta_key + (1 - m) theta_query, in one operation.
+    """Update the key encoder: theta_key <- m theta_key + (1 - m) theta_query, all in one operation.
 
-    Of parameters alone: its BatchNorm normalises keys by their own batch.
+    Only parameters are averaged. The key encoder's BatchNorm normalises by the batch of keys.
     """
     average = get_ema_multi_avg_fn(momentum)
     average(list(key_encoder.parameters()), list(encoder.parameters()), None)
 
 
 class Queue(nn.Module):
-    """The last `size` keys of E experts and their labels, first in, first out; any batch size.
+    """The last `size` keys of E experts and their labels, first in, first out.
 
-    Slots that were never written are never given: `keys` [E, K, D] and `labels` [K] grow from
-    empty to `size`. All of it is part of the state dict.
+    Slots that were never written take no part: `keys` [E, K, D] and `labels` [K] grow from K = 0
+    to K = size. Any batch size will do. The state dict holds everything.
     """
 
     def __init__(self, size, experts=1, dim=128):
         super().__init__()
         self.size = size
-        self.written = 0  # keys ever put in; a host integer, so that no step waits for the device
+        self.written = 0  # keys so far; a Python integer, so that no step waits for the GPU
         self.register_buffer("key_slots", torch.zeros(experts, size, dim))
         self.register_buffer("label_slots", torch.zeros(size, dtype=torch.long))
 
@@ -149,7 +148,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def put(self, keys, labels):
-        """keys [E, B, D] and labels [B] replace the oldest; of B > size the last stay."""
+        """Replace the oldest by keys [E, B, D] and labels [B]; if B > size the last ones stay."""
         start = self.written + max(len(labels) - self.size, 0)
         self.written += len(labels)
         slots = torch.arange(start, self.written, device=keys.device) % max(self.size, 1)
@@ -165,9 +164,9 @@ class Queue(nn.Module):
 
 
 def build_backbone(arch):
-    """One of ARCHS up to its last feature map, and the channels of that map.
+    """One of ARCHS up to its last feature map, and the number of channels of that map.
 
-    Module names are torchvision's (conv1, bn1, layer1, ...), so weights move both ways.
+    Modules have torchvision's names (conv1, bn1, layer1, ...), so that weights can be exchanged.
     """
     if arch in SMALL_ARCHS:
         return cifar_resnet(**SMALL_ARCHS[arch])
@@ -179,10 +178,10 @@ def build_backbone(arch):
 def cifar_resnet(blocks, channels, strides):
     """A ResNet for images of 28 to 64 pixels (He et al., 2016, section 4.2).
 
-    A 3x3 stem and three stages of `blocks` basic blocks with projection shortcuts; `strides` of
-    stem and stages. resnet_small has one block a stage, twice the width of resnet20 and a stem of
-    stride 2: more accuracy in equal time. No zero-init: in so few blocks it costs a short run
-    several points.
+    A 3x3 stem and three stages of `blocks` basic blocks with projection shortcuts; `strides` are
+    those of the stem and the stages. resnet_small has one block in each stage, twice the width of
+    resnet20 and a stem of stride 2, which gave more accuracy in equal time. The last BatchNorm of a
+    block does not start at zero: with so few blocks that costs a short run several points.
     """
 
     def stage(inputs, outputs, stride):
@@ -210,20 +209,21 @@ def cifar_resnet(blocks, channels, strides):
 
 
 def smallest_sides(arch):
-    """Pixels of the smallest view, of 2 x 2 cells in the last feature map, and smallest patch.
+    """Pixels of the sides of the smallest view and of the smallest patch that make sense.
 
-    All regions of a view of one cell are the same. A patch may be one pixel after its last stride
-    but not before: bfloat16 on CPUs then gives gradients that differ from run to run (torch 2.14).
+    The last feature map of a view needs 2 x 2 cells, since all regions of a single cell are the
+    same. A patch may shrink to one cell, but only at its last stride: before that, gradients in
+    bfloat16 on CPUs differ from run to run (torch 2.14).
     """
     halvings = 2 if arch in SMALL_ARCHS else 5  # a stride halves a side, rounding up
     return 2**halvings + 1, 2 ** (halvings - 1) + 1
 
 
 def load_pretrained(encoder, arch, source):
-    """Start every expert's backbone from the weights of torchvision's architecture.
+    """Load weights of torchvision's architecture into every expert's backbone.
 
     source is a file with a state dict, or torchvision's name of weights (such as IMAGENET1K_V1),
-    which it downloads once. Their classifier `fc` is left out. ValueError if they do not fit.
+    which are downloaded once. The classifier `fc` is left out. ValueError if they do not fit.
     """
     names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
     try:
