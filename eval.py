@@ -1,17 +1,17 @@
-"""Stage 2 of DSCL + PBSD: a linear classifier on the frozen backbone, with class-balanced sampling.
+"""Stage 2 of DSCL + PBSD: fit a linear classifier on the frozen backbone, and evaluate it.
 
     python eval.py                                                 # after python train.py
     python eval.py --output runs/mine                              # any run of train.py
     torchrun --nproc_per_node=8 eval.py --output runs/imagenet_lt  # several GPUs
-    python eval.py --knn                                           # a look, also while it trains
+    python eval.py --knn                                           # also while stage 1 trains
     python eval.py --output RUN --predict FILES AND FOLDERS        # a JSON line for each image
     python eval.py --plots plots --export model.pth                # plots, torchvision's weights
     python eval.py --summary runs/*                                # mean and std over seeds
 
-Chooses the epoch on val, reports on test by many/medium/few-shot classes; without a val split the
-last epoch counts, without a test split val is reported. Writes OUTPUT/results.json,
-OUTPUT/model.pth, from which --predict needs nothing else, and OUTPUT/classifier.pth, from which the
-same command goes on after an interruption.
+The classifier is chosen on val and reported on test, by many-, medium- and few-shot classes.
+Without a test split nothing is chosen and val is reported. It writes OUTPUT/results.json;
+OUTPUT/model.pth, the only file that --predict needs; and OUTPUT/classifier.pth, from which the same
+command continues after an interruption.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from train import add_run_flags, autocast, flatten, gather, load, to_json, resum
 
 STAGE = "stage 2 of DSCL + PBSD"
 RESULT = "the classifier of DSCL + PBSD"
-CONFUSIONS = 1000  # classes at most for which a square table of confusions is made
+MAX_CONFUSION_CLASSES = 1000  # its table of confusions is square: 8 MB for 1000 classes
 
 
 def main():
@@ -249,7 +249,7 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
             view, _, _ = data.query_views(images[0], draws, cfg)
         else:
             view = data.evaluation_view(images, cfg)
-        # The sum: each expert's classifier trains as it would alone.
+        # The sum over experts, so that each classifier trains as it would alone.
         logits = heads(features_of(encoder, view, args.amp))
         loss = sum(F.cross_entropy(of_expert, labels) for of_expert in logits)
         loss.backward()
@@ -280,7 +280,7 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
 
 
 def classifier_of(cfg, state, classes, seed, keep_heads):
-    """Stage 1's encoder, frozen, with linear classifiers as heads: new ones, or its own to keep."""
+    """Stage 1's encoder, frozen, with linear classifiers as heads: new ones, or those it has."""
     torch.manual_seed(seed)
     encoder = Encoder(cfg.arch, cfg.experts, classes).requires_grad_(False)
     for head in encoder.heads.requires_grad_(True):
@@ -294,7 +294,7 @@ def classifier_of(cfg, state, classes, seed, keep_heads):
 
 @torch.no_grad()
 def features_of(encoder, view, amp):
-    """What classifiers and kNN see of a view, float32 [E, B, C]: the means of its feature maps."""
+    """The features of a view, on which classifiers and kNN work: float32 [E, B, C]."""
     with autocast(view.device, amp):
         return means([maps.float() for maps in encoder.feature_maps(view)])
 
@@ -324,17 +324,18 @@ def split_features(encoder, dataset, args, cfg, processes):
 
 @torch.no_grad()
 def count_right(encoder, loader, cfg, classes, device, amp):
-    """What the classifiers get right of the loader's images of all processes together.
+    """Count right and wrong answers on the loader's images, over all processes.
 
     Returns two int64 tensors on the CPU. The first, [1 + E, 3, classes], counts the images of each
-    class, those whose label ranks first, and those with it among the first five; by the mean of the
-    experts' logits, then by each expert's. The second, [classes, classes], counts the images of
-    each class (row) that the mean of the logits takes for each class (column); None for more
-    than CONFUSIONS classes.
+    class, those whose label ranks first, and those whose label is among the first five; for the
+    mean of the experts' logits, then for each expert. The second, [classes, classes], counts how
+    often an image of a class (row) is taken for a class (column) by the mean of the logits; it is
+    None for more than MAX_CONFUSION_CLASSES classes.
     """
     encoder.eval()
     tally = torch.zeros(1 + len(encoder.heads), 3, classes, dtype=torch.long, device=device)
-    taken_for = torch.zeros(classes**2 * (classes <= CONFUSIONS), dtype=torch.long, device=device)
+    pairs = classes**2 if classes <= MAX_CONFUSION_CLASSES else 0
+    taken_for = torch.zeros(pairs, dtype=torch.long, device=device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         view = data.evaluation_view(images, cfg)
@@ -353,9 +354,9 @@ def count_right(encoder, loader, cfg, classes, device, amp):
 def metrics(tally, train_counts):
     """Accuracies in percent: top1 and top5 over images; many, medium, few and all over classes.
 
-    tally [3, classes] of count_right, train_counts [classes]. A group's accuracy is the mean over
-    its classes' (on a balanced test set `all` is top1). Classes without images are in no mean and
-    have None; so has a group without images.
+    tally [3, classes] is from count_right, train_counts [classes]. The accuracy of a group is the
+    mean over its classes; on a balanced test set `all` equals top1. A class without images is None
+    and left out of all means; a group without images is None.
     """
     here = tally[0] > 0
     per_class = 100 * tally[1].double() / tally[0]
@@ -375,7 +376,7 @@ def class_mean(right, labels, classes):
 
 
 def table(results, counts):
-    """The results as a person reads them."""
+    """The results as a table to print."""
     limits = dict(many="many-shot, > 100", medium="medium-shot", few="few-shot, < 20")
     rows = [("", "classes", "training images", "top-1")]
     for name, mask in shot_groups(counts).items():
@@ -418,7 +419,7 @@ def worst_confusions(taken_for, names, count=3):
 
 
 class ReadableImages(BatchDataset):
-    """Batches without the files that cannot be read: images, their indices, and messages."""
+    """Maps a batch to the images that can be read, their indices, and messages on the others."""
 
     def __getitem__(self, batch):
         images, indices, problems = [], [], []
@@ -433,10 +434,10 @@ class ReadableImages(BatchDataset):
 
 @torch.no_grad()
 def predict(args, saved):
-    """Print a JSON line for each image of args.predict, files and folders.
+    """Print a JSON line for each image of args.predict, which are files and folders.
 
-    It has the path, the class, its probability, and the next four classes with theirs. `saved` is
-    the content of model.pth. Exit code 2 if a file could not be read.
+    It holds the path, the class, its probability, and the next four classes with theirs. `saved`
+    is the content of model.pth. The exit code is 2 if a file could not be read.
     """
     rank, world, device = train.start(args)
     cfg, names = argparse.Namespace(**saved["args"]["stage1"]), saved["classes"]
@@ -495,7 +496,7 @@ def neighbour_accuracy(encoder, train_set, held_out, args, cfg, processes, k=10,
 
 
 def summary(runs):
-    """Lines of mean and standard deviation of runs, those that differ in seed alone in one."""
+    """Mean and standard deviation over runs that differ only in their seed, a line for each."""
     names, groups = ("many", "medium", "few", "all"), {}
     ignored = train.MAY_CHANGE - {"amp"} | {"seed", "images"}
     finished = [run for run in runs if (run / "results.json").exists()] or runs
@@ -526,9 +527,9 @@ def summary(runs):
 
 
 def export(path, encoder, cfg, names):
-    """Write the weights by torchvision's names, which load with strict=True, and PATH.json.
+    """Write the weights under torchvision's names, for load_state_dict, and PATH.json beside them.
 
-    That says how evaluation made an image ready, and what the classes are called.
+    PATH.json has the names of the classes, and how to resize, crop and normalise an image.
     """
     parts = encoder.shared, encoder.branches[0], nn.ModuleDict(dict(fc=encoder.heads[0]))
     state = {name: value.cpu() for part in parts for name, value in part.state_dict().items()}
@@ -544,7 +545,7 @@ SHOTS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 62, 104)
 
 
 def draw_accuracy(path, results, names):
-    """Accuracy by class as bars, the classes sorted by training images, in colours by shots."""
+    """Draw a bar for each class, sorted by training images, coloured by many, medium and few."""
     counts, font = torch.tensor(results["counts"]), load_font()
     order = counts.argsort(descending=True, stable=True).tolist()
     width, left, bottom = max(1, min(50, 1600 // len(order))), 40, 340  # 3 pixels a percent
@@ -574,7 +575,7 @@ def draw_accuracy(path, results, names):
 
 @cache
 def load_font():
-    """The installed font with the most letters; Pillow's own, the last, has none beyond ASCII."""
+    """The installed font with the most letters; Pillow's default has ASCII only."""
     for name in ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf"):
         with contextlib.suppress(OSError):
             return ImageFont.truetype(name, 13)
@@ -582,7 +583,7 @@ def load_font():
 
 
 def caption(text, width):
-    """A strip of 18 pixels' height with a text."""
+    """An image of a line of text, 18 pixels high."""
     strip = Image.new("RGB", (width, 18), "white")
     ImageDraw.Draw(strip).text((2, 1), text, "black", load_font())
     return strip
@@ -590,10 +591,10 @@ def caption(text, width):
 
 @torch.no_grad()
 def draw_activation(path, encoder, dataset, counts, cfg, names, device, side=160):
-    """Class activation maps (Zhou et al., 2016) of images of the four smallest classes.
+    """Draw class activation maps (Zhou et al., 2016) of images of the four smallest classes.
 
-    The classifier's row of the image's own class times the feature map, summed over experts, as
-    colours over the image: red where the class is seen most, blue where least.
+    The map is the feature map times the classifier's weights of the image's class, summed over
+    experts, as colours over the image: red where the class is seen most, blue where least.
     """
     here = dataset.labels.unique()
     tail = here[counts[here].argsort(stable=True)[:4]]
@@ -618,7 +619,7 @@ def draw_activation(path, encoder, dataset, counts, cfg, names, device, side=160
 
 # ---------------------------------------------------------------------------------------- arguments
 
-# What a setting of the recipe may be, and means.
+# The settings of stage 2: their limits or choices, and what they mean. data.DATASETS has values.
 STAGE2 = dict(
     classifier=(
         ("adjusted", "balanced"), "adjusted: logistic regression with logit adjustment, without "
@@ -639,10 +640,10 @@ STAGE2 = dict(
 
 
 def settle_classifier(parser, args):
-    """Give the settings that no flag gave, and are None, the recipe's values.
+    """Fill in the settings that no flag has set, which are None, from the recipe.
 
-    Those of another classifier stay None; given by a flag they are an error. --epochs 0 reports
-    the classifier of stage 1.
+    Settings that belong to the other classifier stay None, and are an error if a flag has set them.
+    --epochs 0 stands for the classifier that stage 1 has trained.
     """
     recipe = parser.recipe["stage2"]
     given = {name for name in STAGE2 if getattr(args, name) is not None}
@@ -657,7 +658,7 @@ def settle_classifier(parser, args):
 
 
 def parse_args():
-    """The arguments, and the run that they name: the content of its checkpoint or its model."""
+    """The arguments, and the content of the checkpoint or, for --predict, of the model."""
     where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--checkpoint", "--output", "--dataset", "--predict", "--summary"):
         where.add_argument(flag, nargs="?")

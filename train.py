@@ -1,12 +1,12 @@
-"""Stage 1 of DSCL + PBSD: learns the representation. eval.py, stage 2, puts a classifier on it.
+"""Stage 1 of DSCL + PBSD: train the representation. Stage 2, eval.py, fits a classifier on it.
 
     python train.py                                                # the default, on a laptop
-    python train.py --loss scl --pbsd-weight 0                     # the plain SCL baseline
+    python train.py --loss scl --pbsd-weight 0                     # the SCL baseline
     torchrun --nproc_per_node=8 train.py --dataset imagenet_lt --data-root DIR       # 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         --rdzv-id=1 train.py --dataset imagenet_lt --data-root DIR     # on each of two hosts
 
-Writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl; the same command again goes on from there.
+It writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl. The same command continues from them.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from models import ARCHS, Encoder, Queue, load_pretrained, moving_average, small
 
 STAGE = "stage 1 of DSCL + PBSD"
 CLASSIFIERS = ("ce", "la")  # the baselines of --loss that train a classifier
-LOG_EVERY = 10  # steps; also at the end of every epoch
+LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
 
 # ----------------------------------------------------------------------------------------- the step
 
@@ -131,7 +131,7 @@ def main():
     optimizer = torch.optim.SGD(
         encoder.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
-    # All that is kept from step to step, and saved; what a step draws follows from (seed, step).
+    # The whole state, which is saved; the random numbers of a step follow from (seed, step).
     state = dict(encoder=encoder, key_encoder=key_encoder, queue=queue, optimizer=optimizer)
     first = saved["step"] if saved else 0
     for name, part in state.items() if saved else ():
@@ -148,8 +148,8 @@ def main():
     model = encoder
     if dist.is_initialized():
         model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
-        # BatchNorm's buffers are averaged at every record instead. The argument of this name warns
-        # since torch 2.14.
+        # BatchNorm's buffers are averaged at every record instead. The argument of this name gives
+        # a warning since torch 2.14.
         model.broadcast_buffers = False
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
@@ -158,7 +158,7 @@ def main():
             f"{steps}, {per_epoch} an epoch; {world} x {device.type}, {args.amp}", file=sys.stderr,
         )
 
-    sums = since = 0  # of the loss and its terms, and the steps, since the last record
+    sums = since = 0  # sums of the loss and its terms, and number of steps, since the last record
     logged_at = saved_at = time.monotonic()
     for step, (images, labels) in enumerate(loader, first + 1):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, per_epoch, args)
@@ -203,9 +203,9 @@ def main():
 
 
 def start(args):
-    """Join the processes that torchrun started, or stand alone: (rank, world size, device).
+    """Join the processes that torchrun started, if it did: (rank, world size, device).
 
-    Settles args.amp: "bf16" or "off".
+    Sets args.amp to "bf16" or "off".
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -216,7 +216,7 @@ def start(args):
             raise BadInput(f"{here} processes, but {gpus} GPUs on this host: one process for each")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # a step's shapes are fixed
+        torch.backends.cudnn.benchmark = True  # shapes are the same in every step
         able = torch.cuda.get_device_capability(device) >= (8, 0)
     else:  # without these instructions bfloat16 is slower than float32; torch < 2.6 cannot tell
         device, can = torch.device("cpu"), getattr(torch.cpu, "get_capabilities", dict)()
@@ -233,7 +233,7 @@ def autocast(device, amp):
 
 @torch.no_grad()
 def gather(tensor, dim=0):
-    """The tensors of all processes in rank order, joined along dim; itself if there is one."""
+    """The tensors of all ranks, joined along dim; without torchrun the tensor itself."""
     if not dist.is_initialized():
         return tensor
     tensor = tensor.contiguous()
@@ -302,19 +302,19 @@ class ShuffledBatch:
 
 
 def check_finite(tensors, step, lr):
-    """BadInput if training ran away: no checkpoint ever holds that."""
+    """BadInput if training has diverged, so that no checkpoint ever holds such weights."""
     # The largest absolute values in one launch; NaN and infinity stay what they are.
     if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
         raise BadInput(
             f"loss or weights are not finite at step {step}, lr {lr:.3g}: try a smaller --lr in "
-            "another --output; the last checkpoint, if any, is good and stays"
+            "another --output; the last checkpoint, if there is one, was left unchanged"
         )
 
 
 def save(path, content):
-    """Write text, or else by torch.save, beside `path`, then put it in its place, whole.
+    """Write a text or a dict to `path` by way of a new file beside it, which then replaces it.
 
-    BadInput if it cannot be written; what stood there stays.
+    BadInput if that fails; an existing file is then left unchanged.
     """
     beside = path.with_name(path.name + ".new")
     try:
@@ -323,44 +323,46 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
         with contextlib.suppress(OSError):
             beside.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         if not path.parent.is_dir():
-            raise BadInput(f"{path.parent} is gone, and what stood there") from None
-        raise BadInput(f"{path} cannot be written ({reason}); what stood there is whole") from None
+            raise BadInput(f"{path.parent} has been deleted, with all that it held") from None
+        raise BadInput(
+            f"{path} cannot be written ({reason}); an existing file was left unchanged"
+        ) from None
 
 
 def load(path, stage, script="train.py"):
-    """Read what save() wrote; BadInput if it is missing, broken or of another stage."""
+    """Read a dict that save() wrote; BadInput if it is missing, broken or of another stage."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["stage"] != stage:
             raise ValueError
-    except Exception as error:  # torch.load raises many kinds on files that are not its own
+    except Exception as error:  # torch.load raises many kinds of errors on other files
         if getattr(error, "filename", None):  # the file could not be opened
             raise BadInput(
                 f"{path} cannot be read ({error.strerror}): run {script} first, or name a run's "
                 "directory by --output"
             ) from None
-        raise BadInput(f"{path} is not a file of {stage}: move it away") from None
+        raise BadInput(f"{path} is not a file of {stage}: move it to another place") from None
     return content
 
 
 def to_json(args):
-    """Arguments as a dict that JSON and torch.load(weights_only=True) take."""
+    """Arguments as a dict that JSON and torch.load(weights_only=True) can hold."""
     return json.loads(json.dumps(vars(args), default=str))
 
 
-# What may differ while a run goes on; the last five are eval.py's.
+# Arguments that may change when a run continues; the last five are eval.py's.
 MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"} | {
     "checkpoint", "plots", "export", "knn", "predict"
 }
 
 
 def flatten(settings, ignored=MAY_CHANGE, prefix=""):
-    """The settings of a run without the ignored ones, those of a nested dict as "name key"."""
+    """A run's arguments but the ignored ones, with those of a nested dict as "name key"."""
     flat = {}
     for name, value in settings.items():
         if isinstance(value, dict) and name not in ignored:
@@ -371,7 +373,7 @@ def flatten(settings, ignored=MAY_CHANGE, prefix=""):
 
 
 def resume(path, stage, args, device):
-    """The checkpoint at `path`, or None; BadInput lists what differs from this run's settings."""
+    """The checkpoint at `path`, or None; BadInput if its arguments differ from this run's."""
     saved = load(path, stage) if path.exists() else None
     step = saved.get("step", saved.get("epoch")) if saved else -1
     if len(gather(torch.tensor([step], device=device)).unique()) > 1:
@@ -383,16 +385,18 @@ def resume(path, stage, args, device):
         if before.get(name) != now.get(name)
     ]
     if differ:
-        raise BadInput(f"{path} is of another run ({'; '.join(differ)}); choose another --output")
+        differences = "; ".join(differ)
+        raise BadInput(f"{path} belongs to another run ({differences}); choose another --output")
     return saved
 
 
 def open_log(path, args, step):
-    """log.jsonl, line by line; a resumed run keeps the records up to its checkpoint."""
+    """Open log.jsonl for writing; a run that continues keeps the records up to its checkpoint."""
     lines = []
-    with contextlib.suppress(OSError, ValueError):  # there is none, or a crash cut its last line
+    with contextlib.suppress(OSError, ValueError):  # no file, or its last line is incomplete
         for line in path.read_text().splitlines(keepends=True):
-            lines += [line] if json.loads(line).get("step", 1) <= step else []  # header: from 1 on
+            # The header, which has no step, is kept from step 1 on.
+            lines += [line] if json.loads(line).get("step", 1) <= step else []
     versions = {m.__name__: m.__version__ for m in (torch, torchvision)}
     header = dict(command=shlex.join(sys.argv), versions=versions, arguments=to_json(args))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -402,7 +406,7 @@ def open_log(path, args, step):
 
 # ---------------------------------------------------------------------------------------- arguments
 
-# Limits or choices, and help, of the flags whose defaults are the recipe's.
+# The settings of stage 1: their limits or choices, and what they mean. data.DATASETS has values.
 STAGE1 = dict(
     arch=(ARCHS, "backbone"),
     pretrained=(None, "weights to start from: a file, the name of torchvision's weights, or none"),
@@ -434,7 +438,7 @@ def parse_args():
     parser.settings("views", data.VIEWS)
     args = parser.parse_args()
     if args.loss == "scl":
-        args.alpha = None  # the share 1 / (|P_i| + 1)
+        args.alpha = None  # means 1 / (|P_i| + 1)
     if args.loss in CLASSIFIERS:
         args.queue_size = args.pbsd_weight = 0
     if not args.pbsd_weight:
@@ -447,7 +451,7 @@ def parse_args():
 
 
 def add_run_flags(parser):
-    """The flags of a run of either stage."""
+    """The flags that both stages have."""
     parser.begin("run")
     default = Path("runs") / parser.dataset
     text = f"directory of all that the run writes (default: {default})"
@@ -459,4 +463,4 @@ def add_run_flags(parser):
 
 
 if __name__ == "__main__":
-    data.run(main)  # errors in one line
+    data.run(main)  # prints errors in one line

@@ -457,7 +457,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
 ):
     arguments, rate = [*TINY, "--data-root", small_root, "--output", tmp_path], train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda s, *a: 1e30 if s == 12 else rate(s, *a))
-    with pytest.raises(BadInput, match="not finite at step 18.* is good and stays"):
+    with pytest.raises(BadInput, match="not finite at step 18.* was left unchanged"):
         call(train, *arguments)
     assert checkpoint(tmp_path)["step"] == 9
     assert all(v.isfinite().all() for v in checkpoint(tmp_path)["encoder"].values())
@@ -889,7 +889,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_stage_2_and_its_loss_i
         path, checkpoint = HERE / "README.md" / "a", trained[0] / "checkpoint.pth"
         says = fails(capsys, monkeypatch, stage2, "--checkpoint", checkpoint, flag, path)
         assert says.startswith(f"eval.py: error: {HERE}/README.md") and "Not a directory" in says
-    with pytest.raises(BadInput, match="/deleted is gone"):
+    with pytest.raises(BadInput, match="/deleted has been deleted"):
         train.save(tmp_path / "deleted" / "checkpoint.pth", {})
 
 
