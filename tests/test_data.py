@@ -289,7 +289,7 @@ def test_no_image_is_held_out_of_a_class_of_one_or_two(tmp_path):
     refused("/train: no class has the three images", "imagefolder", root)
 
 
-def test_the_path_of_a_picture_alone_says_whether_it_is_held_out():
+def test_the_path_of_an_image_alone_says_whether_it_is_held_out():
     def splits_of(paths):
         return dict(zip(paths, data.hold_out(paths, [path[:3] for path in paths], ["test", "val"])))
 
@@ -360,7 +360,7 @@ def test_a_jpeg_has_the_pixels_of_pillow(tmp_path):
             assert_close(read(tmp_path / "a.jpg"), pil_to_tensor(image), atol=1, rtol=0)
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path, imagenet_tree):
+def test_an_image_that_cannot_be_read_is_named(tmp_path, imagenet_tree):
     whole = next((imagenet_tree / "train" / "n00000000").iterdir()).read_bytes()
     for name, content in (("cut", whole[: len(whole) // 2]), ("none", b""), ("text", b"Sorry.")):
         (tmp_path / name).write_bytes(content)
@@ -418,7 +418,7 @@ def test_batches_have_memory_of_their_own_as_pinning_demands(imagenet_tree):
             assert all(views.stride()) and views.numel() == views.untyped_storage().nbytes()
 
 
-def test_an_epoch_shows_every_picture_at_most_once_and_epochs_differ():
+def test_an_epoch_shows_every_image_at_most_once_and_epochs_differ():
     batches = [indices for indices, _ in Batches(torch.zeros(50).long(), 8, 3, seed=0)]
     assert len(batches) == 18 and all(len(batch) == 8 for batch in batches)
     epochs = [sum(batches[i : i + 6], []) for i in (0, 6, 12)]
@@ -466,7 +466,7 @@ def test_random_boxes_are_distributed_as_random_resized_crops():
     assert_close(ours.std(0), theirs.std(0), atol=2, rtol=0)
 
 
-def test_crop_is_a_resize_of_box_i_of_picture_i_with_half_pixel_centres():
+def test_crop_is_a_resize_of_box_i_of_image_i_with_half_pixel_centres():
     # On a ramp a crop must give the coordinates of its own pixels' centres; image 1 falls.
     ramp = torch.arange(28.0).add(0.5).expand(1, 1, 28, 28)
     boxes = [[4, 3, 20, 27], [1, 0.5, 27, 27], [5, 5, 13, 13], [2.5, 1, 26.5, 9]]

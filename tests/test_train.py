@@ -633,7 +633,7 @@ def test_the_benchmark_trains_resumes_and_evaluates_in_two_processes(imagenet_tr
 
 
 @pytest.mark.parametrize("launcher", [[], LAUNCH], ids=["one", "two"])
-def test_a_picture_that_cannot_be_read_ends_both_stages_with_its_name(
+def test_an_image_that_cannot_be_read_ends_both_stages_with_its_name(
     launcher, imagenet_tree, tmp_path, call
 ):
     root = tmp_path / "data"
