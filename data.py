@@ -71,7 +71,7 @@ PHOTOGRAPHS = dict(
         temperature=0.07, alpha=0.1, pbsd_weight=1.5,
     ),
     stage2=dict(
-        classifier="balanced", penalty=(1e-2, 1e-1, 1e-3, 1e-4),
+        classifier="balanced", penalty=(3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1),
         epochs=40, batch_size=2048, lr=10.0, weight_decay=0.0, milestones=(0.5, 0.75),
         augment=True, bn="train",  # as in the published code
     ),
@@ -98,7 +98,8 @@ SMALL = derive(
 # CIFAR-100-LT and used unchanged for CIFAR-10-LT.
 CIFAR = derive(
     SMALL, source="cifar", imbalance=100.0,
-    stage1=dict(queue_size=4096, pbsd_weight=1.0), stage2=dict(weight_decay=1e-4),
+    stage1=dict(queue_size=4096, pbsd_weight=1.0),
+    stage2=dict(penalty=(3e-4,), weight_decay=1e-4),
 )
 
 DATASETS = {
@@ -108,10 +109,11 @@ DATASETS = {
         source="npz", root=HERE / "tests",
         names="T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split(),
         views=dict(
-            mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353), view_size=20, patch_size=8,
+            mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353),
+            view_size=20, patches=1, patch_size=8,
             query_jitter=(0.2, 0.2, 0.2, 0.1), key_jitter=(0.2, 0.2, 0.2, 0.0),
         ),
-        stage1=dict(epochs=120, warmup=0.0417, queue_size=256),
+        stage1=dict(epochs=100, warmup=0.05, queue_size=256),
     ),
     "cifar10_lt": derive(
         CIFAR, files=CIFAR10,

@@ -222,7 +222,7 @@ def test_the_adjusted_classifier_is_chosen_on_val_and_the_same_every_time(
         results.append(json.loads((tmp_path / name / "results.json").read_text()))
         tried = re.findall(r"penalty (\S+)  val (\S+)\n", said)
         best, accuracy = max(tried, key=lambda pair: float(pair[1]))
-        assert len(tried) == 4 and results[-1]["penalty"] == float(best)
+        assert len(tried) == 7 and results[-1]["penalty"] == float(best)
         assert f"{results[-1]['val']:.2f}" == accuracy and results[-1]["classifier"] == "adjusted"
         assert results[-1]["arguments"]["lr"] is None and results[-1]["epoch"] is None
     assert results[0]["per_class"] == results[1]["per_class"]
