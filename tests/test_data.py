@@ -548,7 +548,7 @@ def test_patches_are_the_boxes_of_the_query_view_before_its_colours():
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1) / 20**2
     assert 0.0499 <= area.min() and area.max() <= 0.6001
     flat = torch.full((9, 1, 28, 28), 128).byte()  # each patch gets colour changes of its own
-    jittered = small_recipe("fashion_mnist_lt", query_jitter_p=1.0)
+    jittered = small_recipe("fashion_mnist_lt", query_jitter_p=1.0, patches=2)
     _, _, patches = query_views(flat, drawn(9), jittered)
     assert ((patches[0] - patches[1]).abs().amax((1, 2, 3)) > 0.01).float().mean() > 0.5
 
