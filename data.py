@@ -113,7 +113,9 @@ DATASETS = {
             view_size=20, patches=1, patch_size=8,
             query_jitter=(0.2, 0.2, 0.2, 0.1), key_jitter=(0.2, 0.2, 0.2, 0.0),
         ),
-        stage1=dict(epochs=100, warmup=0.05, queue_size=256),
+        stage1=dict(
+            arch="resnet_tiny", epochs=120, warmup=0.0417, queue_size=256, momentum_encoder=0.98
+        ),
     ),
     "cifar10_lt": derive(
         CIFAR, files=CIFAR10,

@@ -21,6 +21,7 @@ from models import (
 @pytest.mark.parametrize(
     "arch, size, channels, stride",
     [
+        ("resnet_tiny", 32, 96, 4),
         ("resnet_small", 32, 128, 4),
         ("resnet20", 32, 64, 4),
         ("resnet32", 32, 64, 4),

@@ -147,7 +147,7 @@ def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
     assert "classifier of stage 1" in call(stage2, *alone, "--epochs", 0).err
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     test = load_dataset("fashion_mnist_lt", small_root)["test"]
-    encoder = Encoder("resnet_small", classes=10).eval()
+    encoder = Encoder("resnet_tiny", classes=10).eval()
     encoder.load_state_dict(checkpoint(tmp_path)["encoder"])
     view = evaluation_view(test.images[None], benchmark.recipe_of("fashion_mnist_lt", "views"))
     with torch.no_grad(), train.autocast(torch.device("cpu"), results["arguments"]["amp"]):
@@ -184,7 +184,7 @@ def test_experts_train_and_each_is_reported(loss, small_root, tmp_path, call):
     first, second = results["experts"]
     assert first["per_class"] != second["per_class"]
     assert f"its experts alone: {first['all']:.2f}, {second['all']:.2f}" in printed
-    with pytest.raises(BadInput, match="--export: torchvision has no resnet_small of 2 experts"):
+    with pytest.raises(BadInput, match="--export: torchvision has no resnet_tiny of 2 experts"):
         call(stage2, *options[:4], "--export", tmp_path / "whole.pth")
 
 
@@ -227,7 +227,7 @@ def test_the_adjusted_classifier_is_chosen_on_val_and_the_same_every_time(
         assert results[-1]["arguments"]["lr"] is None and results[-1]["epoch"] is None
     assert results[0]["per_class"] == results[1]["per_class"]
     model = torch.load(tmp_path / "a" / "model.pth", weights_only=True)["model"]
-    encoder = Encoder("resnet_small", classes=10)
+    encoder = Encoder("resnet_tiny", classes=10)
     encoder.load_state_dict(model)
     before = checkpoint(trained[0])["encoder"]
     for name, value in model.items():  # nothing but the classifier is new
@@ -477,7 +477,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_root, tmp_path, call)
                 else:
                     call(stage2, *arguments, *BALANCED, "--epochs", 1)
             with pytest.raises(BadInput, match="whole.pth cannot be written"):
-                stage2.export(tmp_path / "whole.pth", Encoder("resnet_small", classes=10), None, [])
+                stage2.export(tmp_path / "whole.pth", Encoder("resnet_tiny", classes=10), None, [])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (tmp_path / "checkpoint.pth").read_bytes() == good
