@@ -688,8 +688,9 @@ def read_folders(root):
 
     val and test are held out of train where they have no images. Classes are those of train.
     """
+    there = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     places = {
-        split: next((root / name for name in names if (root / name).is_dir()), None)
+        split: next((there[name] for name in names if name in there), None)
         for split, names in FOLDERS.items()
     }
     if not any(places.values()):
@@ -974,12 +975,14 @@ def explain(error):
     """Exit code and message for torch's errors that are no fault of the code; else no message."""
     text = str(error)
     first = text.partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError):
+    full = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in full):
         return 2, (
-            f"the GPU is out of memory ({first}); use a smaller --batch-size or more GPUs, and "
-            "leave --amp at auto"
+            f"the GPU is out of memory ({first}); use a smaller --batch-size or more GPUs, leave "
+            "--amp at auto, and in stage 2 use --classifier balanced"
         )
-    if "DataLoader worker" in text or "/torch_" in text:  # the latter is a file of shared memory
+    # A worker that was killed, or that could not make a file of shared memory.
+    if "DataLoader worker (pid" in text or "</torch_" in text:
         return 2, (
             f"a process that decodes images failed ({first}); often shared memory is too small: "
             "start docker with --ipc=host or --shm-size=8g, or use --workers 0"

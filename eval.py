@@ -48,7 +48,17 @@ from data import (
     shot_groups,
 )
 from models import SMALL_ARCHS, Encoder, means
-from train import add_run_flags, autocast, flatten, gather, load, to_json, resume, save
+from train import (
+    add_run_flags,
+    autocast,
+    flatten,
+    gather,
+    load,
+    refuse_differences,
+    resume,
+    save,
+    to_json,
+)
 
 STAGE = "stage 2 of DSCL + PBSD"
 RESULT = "the classifier of DSCL + PBSD"
@@ -92,12 +102,11 @@ def main():
     # The classifier is chosen on val if there is a test set to report on, else val is reported.
     train_set, reported = sets["train"], "test" if "test" in sets else "val"
     val_set = sets.get("val") if reported == "test" and args.classifier != "stage1" else None
-    best = dict(accuracy=None)
+    best, path = dict(accuracy=None), args.output / "results.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no results so far
+        refuse_differences(path, json.loads(path.read_text())["arguments"], args)
     if args.classifier == "balanced":
         best = train_classifier(encoder, train_set, val_set, args, cfg, processes)
-    else:
-        # Refuses to overwrite the results of another stage 2.
-        resume(args.output / "classifier.pth", STAGE, args, device)
     if args.classifier == "adjusted":
         best = fit_classifier(encoder, train_set, val_set, args, cfg, processes)
 
@@ -113,7 +122,7 @@ def main():
         classes=sets["train"].names, counts=counts.tolist(), reported_counts=tally[0, 0].tolist(),
         experts=experts if len(experts) > 1 else None, arguments=to_json(args),
     )
-    save(args.output / "results.json", json.dumps(results, indent=1) + "\n")
+    save(path, json.dumps(results, indent=1) + "\n")
     model = dict(stage=RESULT, args=to_json(args), classes=names, model=encoder.state_dict())
     save(args.output / "model.pth", model)
     print(table(results, counts))
@@ -126,7 +135,7 @@ def main():
         adjusted=f"adjusted, penalty {best.get('penalty')}",
     )[args.classifier]
     what += f", chosen on val ({best['accuracy']:.2f})" if val_set else ""
-    print(f"on {reported}; classifier {what}; {args.output / 'results.json'}", file=sys.stderr)
+    print(f"on {reported}; classifier {what}; {path}", file=sys.stderr)
     if args.plots:
         draw_accuracy(args.plots / "accuracy.png", results, names)
         where = args.plots / "activation.png"
@@ -144,11 +153,13 @@ def fit_classifier(encoder, train_set, val_set, args, cfg, processes):
     In training the logarithm of the class frequencies is added to the logits. That corrects for
     the imbalance, as class-balanced sampling does in the paper; `regression` has the equation.
     Features are standardised by mean and deviation of the training set, and weight and bias are
-    changed in the end so that they apply to the features as they are. Each expert is solved for
-    alone. The penalty of args.penalty with the best class mean on val_set is taken, or the first
-    if that is None. Returns {"accuracy", "penalty"}, the former on val_set.
+    changed in the end so that they apply to the features as they are. Every expert has a problem
+    of its own. Of args.penalty the one with the best class mean on val_set is taken, or the first
+    if val_set is None. Returns {"accuracy", "penalty"}, the former on val_set.
 
-    The features of all training images are held at once: 1 GB for ImageNet-LT and a ResNet-50.
+    Every rank holds the features of all training images, and solves the same problem. They take
+    1 GB for ImageNet-LT and a ResNet-50, three times that while they are gathered; L-BFGS takes 20
+    times the classifier's weights.
     """
     rank, _, device = processes
     labels = train_set.labels.to(device)
@@ -195,7 +206,8 @@ def regression(features, labels, log_prior, penalty):
     weight = features.new_zeros(classes, features.shape[1], requires_grad=True)
     bias = features.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=500, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=500, history_size=10, tolerance_grad=1e-5,
+        line_search_fn="strong_wolfe",
     )
 
     def objective():
@@ -313,7 +325,8 @@ def split_features(encoder, dataset, args, cfg, processes):
     encoder.eval()
     loader = evaluation_loader(dataset, args, cfg, processes)
     views = (data.evaluation_view(images.to(device), cfg) for images, _ in loader)
-    features = torch.cat([features_of(encoder, view, args.amp) for view in views], dim=1)
+    none = encoder.heads[0].weight.new_zeros(len(encoder.heads), 0, encoder.heads[0].in_features)
+    features = torch.cat([none, *(features_of(encoder, view, args.amp) for view in views)], dim=1)
     size = -(-len(dataset) // world)  # some processes have one image less
     features = gather(F.pad(features, (0, 0, 0, size - features.shape[1]))[None])
     return features.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(dataset)]
@@ -444,14 +457,17 @@ def predict(args, saved):
     encoder = Encoder(cfg.arch, cfg.experts, len(names)).eval()
     encoder.load_state_dict(saved["model"])
     encoder = encoder.to(device, memory_format=torch.channels_last)
-    paths = []
+    paths, unreadable = [], 0
     for path in args.predict:
-        paths += [found for found, _ in data.find_images(path)] if path.is_dir() else [path]
+        found = [image for image, _ in data.find_images(path)] if path.is_dir() else [path]
+        if not found and rank == 0:
+            print(f"eval.py: {path} holds no images", file=sys.stderr)
+        unreadable += not found
+        paths += found
     files = data.ImageFiles(Path(), list(map(os.fsencode, paths)), [0] * len(paths), "")
     shard = evaluation_batches(len(files), rank, world)
     loader = load_batches(files, shard, cfg, 0, args.workers, device, ReadableImages)
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names of any bytes
-    unreadable = 0
     for images, indices, problems in loader:
         for problem in problems:
             print(f"eval.py: {problem}", file=sys.stderr)
@@ -465,7 +481,9 @@ def predict(args, saved):
             first, *following = [(names[n], round(p, 6)) for n, p in zip(labels, values)]
             line = {"path": str(files.path(index)), "class": first[0], "probability": first[1]}
             print(json.dumps(line | {"next": dict(following)}, ensure_ascii=False))
-    if unreadable:
+    sys.stdout.flush()
+    # All ranks are done before one of them ends torchrun by its exit code.
+    if gather(torch.tensor([unreadable], device=device)).any():
         sys.exit(2)
 
 
@@ -626,8 +644,8 @@ STAGE2 = dict(
         "learning rate; balanced: SGD with class-balanced sampling, as in the paper",
     ),
     penalty=(
-        (0, 1e6), "penalty of the squared weights, of several the best on val, else the first; "
-        "for --classifier adjusted, and all that follow for balanced"
+        (0, 1e6), "penalty of the squared weights, for --classifier adjusted; of several the best "
+        "on val is taken. All flags below are for --classifier balanced"
     ),
     epochs=((0, 1e6), "passes over the training set; 0 reports the classifier of --loss ce or la"),
     batch_size=((1, 1e6), "images in a step, over all processes"),

@@ -4,8 +4,9 @@ dscl_loss       decoupled supervised contrastive loss; alpha=None is the plain S
 pbsd_loss       patch-based self distillation
 bank_attention  what both are made of: softmax attention of N embeddings over a bank of K
 
-All embeddings are L2-normalised rows. Time is O(N K D) and memory O(N D): no [N, K] matrix is ever
-stored, forward or backward. The file needs torch alone; copy it.
+The losses take L2-normalised rows. Their time is O(N K D) for N embeddings and a queue of K; their
+memory does not grow with K, since logits are computed in blocks and none is kept for backward. The
+file needs torch alone; copy it.
 """
 
 from numbers import Real
@@ -77,9 +78,9 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
 
         L_i = 1/L sum_j sum_t -p(z_t|c_i[j]) log p(z_t|s_i[j])
 
-    p(z_t|.) is the softmax over the image's own key and the queue; labels play no part. Of the
-    teacher's distribution the cross-entropy needs only A(c), the mean of the bank under it:
-    it is logsumexp(s) - s.A(c) / tau, and its gradient is (A(s) - A(c)) / tau.
+    p(z_t|.) is the softmax over the image's own key and the queue; labels play no part. Let A(q) be
+    the mean of these vectors z_t, weighted by p(z_t|q). Then the cross-entropy is
+    logsumexp(s) - s.A(c) / tau, and its gradient in s is (A(s) - A(c)) / tau.
 
     roi [L, B, D]        region embeddings c_i[j] of the query view, the teacher; constant
     patch [L, B, D]      embeddings s_i[j] of the same regions as patches, the student; gradient
@@ -124,7 +125,7 @@ def _class_sums(labels, queue, queue_labels):
     return sums[anchor], counts[anchor]
 
 
-# Elements in a block of logits: as many as a CPU's cache holds; on a GPU a batch is one block.
+# Elements in a block of logits: what a CPU's cache holds; elsewhere 2^25, which is 128 MB.
 BLOCK = {"cpu": 2**18}
 
 
@@ -161,7 +162,7 @@ class _BankAttention(torch.autograd.Function):
 def bank_attention(query, bank, *, temperature=0.07):
     """Softmax attention of each query over a constant bank, in chunks.
 
-    query [N, D], bank [K, D]: rows of any length, though both losses pass unit vectors.
+    query [N, D], bank [K, D]: rows of any norm, though both losses pass unit vectors.
     Returns (logsumexp [N], mean [N, D]) over the bank entries z_m:
 
         logsumexp = log sum_m exp(q.z_m / temperature)

@@ -39,43 +39,42 @@ LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
 
 
 def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
-    """The method on one batch: a dict of its loss, DSCL and, unless lambda is 0, PBSD.
+    """The method on one batch: a dict of its loss, DSCL and, if args.pbsd_weight > 0, PBSD.
 
-    B images are this rank's, N are those of all ranks together. labels [B]; images uint8 are
-    either [2, B, C, H, W], two random crops of each image, one for each view, or, of a data set
-    held in memory, [1, B, C, H, W], whole images from which both views are cut here. The contrast
-    set is that of the published code, the other queries, all keys and the queue, but with the
-    queries and keys of all ranks, where the published code has the local rank's.
+    This rank has B images, all ranks together have N. `images` (uint8) is [2, B, C, H, W], two
+    random crops of each image for the two views. Of a data set held in memory it is
+    [1, B, C, H, W]: whole images, from which both views are cut here. labels is [B].
+    As in the published code the contrast set is the other queries, all keys and the queue. But
+    ours has the queries and keys of all ranks, and the published code's those of the local rank.
     """
-    # The query view x_i [B, 3, V, V], its L boxes B_i[j] [L, B, 4], and these boxes cut out of it
-    # as patches [L, B, 3, S, S]. The key view is of B images too, but shuffled over the ranks.
+    # The query view x_i [B, 3, V, V]; L boxes in it, B_i[j] [L, B, 4]; and the patches
+    # [L, B, 3, S, S], which are these boxes cut out before the view's colours are changed, with
+    # colour changes of their own. Boxes and patches are None if lambda (args.pbsd_weight) is 0.
+    # The key view also has B images, but other ones: they are permuted over all ranks (shuffle BN).
     view, boxes, patches = data.query_views(images[0], batch.draws(), args)
     key_view = data.key_view(batch.shuffle(images[-1]), batch.draws(keys=True), args)
 
     # Unit vectors of D numbers in float32, from each of E experts: queries z_i [E, B, D], teachers
-    # c_i[j] and students s_i[j] [E, L, B, D], and the keys z_i+ of all ranks [E, N, D]. No
-    # gradient flows into teachers and keys.
+    # c_i[j] and students s_i[j] [E, L, B, D], and the keys z_i+ of all ranks, gathered in the order
+    # of their images [E, N, D]. No gradient flows into teachers and keys.
     with autocast(view.device, args.amp):
         z, c, s = model(view, boxes, patches)
         with torch.no_grad():
             moving_average(key_encoder, model, args.momentum_encoder)
-            all_keys = batch.unshuffle(key_encoder(key_view)[0])
+            all_keys = batch.gather_unshuffled(key_encoder(key_view)[0])
 
-    # Row i of queries, keys and labels belongs to the same image. DSCL is computed on every rank
-    # for all N anchors, PBSD for this rank's B.
+    # Row i of queries, keys and labels belongs to the same image. Every rank computes DSCL for all
+    # N anchors, with gradient for its own queries, and PBSD for its own B images.
     all_queries, all_labels = gather_queries(z, batch.rank_rows), gather(labels)
     keys, tau = all_keys[:, batch.rank_rows], args.temperature
     dscl, pbsd = [], []
     for e in range(args.experts):  # each expert has its own embeddings, queue and losses
-        M, of_M = queue.keys[e], queue.labels
-        dscl.append(
-            dscl_loss(
-                all_queries[e], all_keys[e], all_labels, M, of_M, alpha=args.alpha, temperature=tau
-            )
-        )
+        M = queue.keys[e]
+        of_batch, of_queue = (all_queries[e], all_keys[e], all_labels), (M, queue.labels)
+        dscl.append(dscl_loss(*of_batch, *of_queue, alpha=args.alpha, temperature=tau))
         if args.pbsd_weight:
             pbsd.append(pbsd_loss(c[e], s[e], keys[e], M, temperature=tau))
-    # The backward pass does not read the queue any more: the losses keep what its gradient needs.
+    # The queue may change before backward(), which uses no tensor of it.
     queue.put(all_keys, all_labels)
     dscl = torch.stack(dscl).mean()
     if not pbsd:
@@ -148,8 +147,8 @@ def main():
     model = encoder
     if dist.is_initialized():
         model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
-        # BatchNorm's buffers are averaged at every record instead. The argument of this name gives
-        # a warning since torch 2.14.
+        # Do not broadcast BatchNorm's buffers: they are averaged at every record. Set here because
+        # the argument broadcast_buffers of the constructor gives a warning since torch 2.14.
         model.broadcast_buffers = False
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
@@ -245,7 +244,7 @@ def gather(tensor, dim=0):
 def gather_queries(z, rank_rows):
     """The queries of all ranks [E, N, D] from this rank's z [E, B, D], its rows `rank_rows`.
 
-    Gradient flows into this rank's rows alone, where every rank adds up that of all N anchors.
+    Every rank differentiates the loss of all N anchors with respect to its own rows only.
     """
     everyone = gather(z, dim=1)
     world = everyone.shape[1] // z.shape[1]
@@ -293,8 +292,8 @@ class ShuffledBatch:
         """This rank's uint8 images [B, C, H, W] to those of which it embeds the keys."""
         return images if self.order is None else gather(images)[self.key_rows]
 
-    def unshuffle(self, keys):
-        """The keys that this rank has embedded [E, B, D] to all keys in order [E, N, D]."""
+    def gather_unshuffled(self, keys):
+        """From this rank's keys [E, B, D] those of all ranks, in the order of images [E, N, D]."""
         return keys if self.order is None else gather(keys, dim=1)[:, self.order.argsort()]
 
 
@@ -372,13 +371,9 @@ def flatten(settings, ignored=MAY_CHANGE, prefix=""):
     return flat
 
 
-def resume(path, stage, args, device):
-    """The checkpoint at `path`, or None; BadInput if its arguments differ from this run's."""
-    saved = load(path, stage) if path.exists() else None
-    step = saved.get("step", saved.get("epoch")) if saved else -1
-    if len(gather(torch.tensor([step], device=device)).unique()) > 1:
-        raise BadInput(f"processes find different {path}: all hosts must share --output")
-    before, now = (flatten(args) for args in (saved["args"], to_json(args))) if saved else ({}, {})
+def refuse_differences(path, before, args):
+    """BadInput if the arguments of the run that wrote `path` differ from this run's."""
+    before, now = flatten(before), flatten(to_json(args))
     differ = [
         f"{name} was {before.get(name)}, now {now.get(name)}"
         for name in sorted(before | now)
@@ -387,6 +382,16 @@ def resume(path, stage, args, device):
     if differ:
         differences = "; ".join(differ)
         raise BadInput(f"{path} belongs to another run ({differences}); choose another --output")
+
+
+def resume(path, stage, args, device):
+    """The checkpoint at `path`, or None; BadInput if its arguments differ from this run's."""
+    saved = load(path, stage) if path.exists() else None
+    step = saved.get("step", saved.get("epoch")) if saved else -1
+    if len(gather(torch.tensor([step], device=device)).unique()) > 1:
+        raise BadInput(f"processes find different {path}: all hosts must share --output")
+    if saved:
+        refuse_differences(path, saved["args"], args)
     return saved
 
 

@@ -5,8 +5,8 @@
     python tests/benchmark.py input --images DIR     # one data loading process, on your JPEGs
 
 Sides take turns, so that a machine that drifts is fair to all: median (min to max) of the rounds.
-Speed is against the first side; launches are operations that are no views, with a GPU's blocks of
-logits; memory is what a step adds at its peak, in a process of its own.
+Speed is relative to the first side. Launches are the operations of a step on a GPU, without views
+of tensors, which launch nothing. Memory is what a step adds at its peak, in a process of its own.
 """
 
 import argparse

@@ -35,13 +35,15 @@ from models import Queue
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LAUNCH = ["-m", "torch.distributed.run", "--standalone"]
-# One process, or a process of torchrun, whose BatchNorm does not see how a batch is divided; and
-# whose processes share one GPU, which NCCL refuses.
+# Runs train.py so that one and two processes must agree: BatchNorm stays in eval mode, since in
+# train mode it normalises by the images of a process. Two processes share a GPU through gloo.
 ONE_BATCH = """
 import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, ".")
 import data, train
 torch.nn.BatchNorm2d.train = lambda norm, mode=True: torch.nn.Module.train(norm, False)
+encoder = train.Encoder
+train.Encoder = lambda *arguments: encoder(*arguments).train()
 os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
 join = dist.init_process_group
 dist.init_process_group = lambda backend: join("gloo")
@@ -62,20 +64,22 @@ def differ(ours, reference):
 
 
 def begin(*arguments):
-    """Start Python in the project's directory, on one thread beside the others."""
+    """Start Python in the project's directory, with one thread and in full float32 on the GPU."""
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    options |= dict(cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+    options |= dict(cwd=HERE, env=environment)
     return subprocess.Popen([sys.executable, *map(str, arguments)], **options)
 
 
-def last_record(output):
-    return json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+def loss_of(output, record):
+    """The loss in a record of a run's log: 1 is the first, -1 the last."""
+    return json.loads((output / "log.jsonl").read_text().splitlines()[record])["loss"]
 
 
 # ------------------------------------------------------------------------------------- one process
 
 
-def check_losses():
+def check_losses(_):
     batch, size, dim = benchmark.BATCH, benchmark.QUEUE, benchmark.DIM
     torch.manual_seed(0)
     shapes = (batch, dim), (batch, dim), (size, dim), *[(benchmark.PATCHES, batch, dim)] * 2
@@ -102,7 +106,7 @@ def check_losses():
     verdict("memory", flat, f"losses add {once:.0f} MB at K {size}, {often:.0f} MB at {8 * size}")
 
 
-def check_queue():
+def check_queue(_):
     torch.manual_seed(0)
     queues = [Queue(100, 2), Queue(100, 2).to(DEVICE)]
     for count in (64, 64, 30):
@@ -114,7 +118,7 @@ def check_queue():
     verdict("queue", same, "the keys and labels of three batches, as on the CPU")
 
 
-def check_gather():
+def check_gather(_):
     backend = "nccl" if GPU else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     images = torch.randint(0, 255, (4, 2, 6, 5, 3), dtype=torch.uint8, device=DEVICE)
@@ -123,7 +127,7 @@ def check_gather():
     dist.destroy_process_group()
 
 
-def check_step():
+def check_step(_):
     """A step of a resnet18 on equal weights and views: loss and gradients."""
     torch.backends.cudnn.allow_tf32 = False
     made = dict(arch="resnet18", batch_size=16, queue_size=4096)
@@ -146,7 +150,7 @@ def check_step():
     torch.backends.cudnn.allow_tf32 = True
 
 
-def check_synchronisations():
+def check_synchronisations(directory):
     """How often the host waits for the GPU in each step of a run."""
     seen, began, rate = [], [], train.learning_rate
 
@@ -154,10 +158,10 @@ def check_synchronisations():
         began.append(len(seen))
         return rate(*arguments)
 
-    with tempfile.TemporaryDirectory() as output, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: seen.append(str(message))
-        sys.argv = ["train.py", "--epochs", "3", "--output", output]
+        sys.argv = ["train.py", "--epochs", "3", "--output", str(directory)]
         train.learning_rate = learning_rate
         torch.cuda.set_sync_debug_mode("warn")
         with contextlib.redirect_stderr(io.StringIO()):
@@ -188,11 +192,10 @@ def check_distributed(directory):
         ("alone", "one", f"{'NCCL' if GPU else 'gloo'} with one process, DDP and shuffle BN"),
         ("shared", "whole", "two processes through gloo" + " on one GPU" * GPU),
     ):
-        try:
-            losses = [last_record(directory / run)["loss"] for run in (name, reference)]
-        except (OSError, IndexError, KeyError):
+        if any(runs[run].returncode for run in (name, reference)):
             verdict("distributed", False, f"{text}: {said[name][-300:]} {said[reference][-300:]}")
             continue
+        losses = [loss_of(directory / run, 1) for run in (name, reference)]  # the first ten steps
         error = abs(losses[0] / losses[1] - 1)
         verdict("distributed", error < 1e-3, f"{text}: loss {error:.0e} from one process's")
 
@@ -208,19 +211,20 @@ def check_resume(directory):
     said = begin(*options, directory / "killed").communicate()[0]
     calm.communicate()
     step = re.search(r"from step (\d+) of", said)
-    losses = [last_record(directory / run)["loss"] for run in ("killed", "calm")]
+    losses = [loss_of(directory / run, -1) for run in ("killed", "calm")]
     error = abs(losses[0] / losses[1] - 1)
     text = f"went on from step {step and step[1]}, loss {error:.0e} from the undisturbed run's"
     verdict("resume", step and int(step[1]) > 0 and error < 0.02, text)
-    evaluation = begin("eval.py", "--output", directory / "killed", "--epochs", 2)
+    evaluation = begin("eval.py", "--output", directory / "killed")
     said = evaluation.communicate()[0]
     text = re.search(r"all, mean of classes.*", said)
     verdict("eval.py", evaluation.returncode == 0, text[0] if text else said[-300:])
 
 
 def check_out_of_memory(directory):
-    options = "--arch resnet50 --view-size 512 --batch-size 2048 --patches 1 --patch-size 64"
-    run = begin("train.py", *options.split(), "--output", directory / "full")
+    code = "import torch; torch.cuda.set_per_process_memory_fraction(0.02); import data, train; "
+    options = "--arch resnet50 --view-size 224 --batch-size 512 --patch-size 64 --output"
+    run = begin("-c", code + "data.run(train.main)", *options.split(), directory / "full")
     said = run.communicate()[0]
     lines = [line for line in said.splitlines() if "error" in line]
     passed = run.returncode == 2 and len(lines) == 1 and "out of memory" in lines[0]
@@ -231,17 +235,14 @@ def main():
     began = time.monotonic()
     name = torch.cuda.get_device_name() if GPU else "no GPU: what a CPU can check"
     print(f"{name}, torch {torch.__version__}")
-    check_losses()
-    check_queue()
-    check_gather()
-    check_step()
-    if GPU:
-        check_synchronisations()
-    with tempfile.TemporaryDirectory() as directory:
-        check_distributed(Path(directory))
-        check_resume(Path(directory))
-        if GPU:
-            check_out_of_memory(Path(directory))
+    checks = [check_losses, check_queue, check_gather, check_step]
+    checks += [check_synchronisations] * GPU + [check_distributed, check_resume]
+    for check in checks + [check_out_of_memory] * GPU:
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                check(Path(directory))
+            except Exception as error:  # the other checks still run
+                verdict(check.__name__, False, f"{type(error).__name__}: {error}")
     print(f"{len(failed)} failed; {time.monotonic() - began:.0f} seconds")
     sys.exit(bool(failed))
 

@@ -226,8 +226,10 @@ def test_folders_of_your_own_are_taken_as_they_are(tmp_path):
     assert labels_of(sets) == dict(train=[5, 9], val=[2, 3], test=[0, 1])  # test may lack a class
     assert sets["train"].names == ["ant", "cat"]
     assert sets["val"].path(0).parent == tmp_path / "val" / "ant"
-    (tmp_path / "val").rename(tmp_path / "valid")  # a common name of it
-    assert load_dataset("imagefolder", tmp_path)["val"].path(0).parent == tmp_path / "valid" / "ant"
+    for name in ("valid", "Validation", "Val"):  # common names of it
+        (sets["val"].path(0).parent.parent).rename(tmp_path / name)
+        sets = load_dataset("imagefolder", tmp_path)
+        assert sets["val"].path(0).parent == tmp_path / name / "ant"
     folders(tmp_path, test=dict(bee=1))
     refused("/test/bee has images, but .*/train/bee has none", "imagefolder", tmp_path)
     shutil.rmtree(tmp_path / "train")

@@ -184,20 +184,22 @@ def test_a_fit_is_of_the_features_as_they_are_each_experts_its_own(monkeypatch):
     assert not torch.equal(encoder.heads[0].weight, encoder.heads[1].weight)
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_features_of_all_processes_are_in_the_order_of_the_images(world, monkeypatch):
-    images = torch.arange(20)[:, None, None, None].expand(-1, 1, 2, 2).to(torch.uint8)
-    dataset = ImageArrays(images, torch.zeros(20).long(), "made")
+@pytest.mark.parametrize("world, count", [(1, 20), (3, 20), (4, 2)])
+def test_features_of_all_processes_are_in_the_order_of_the_images(world, count, monkeypatch):
+    images = torch.arange(count)[:, None, None, None].expand(-1, 1, 2, 2).to(torch.uint8)
+    dataset = ImageArrays(images, torch.zeros(count).long(), "made")
+    encoder = torch.nn.Module()
+    encoder.heads = torch.nn.ModuleList([torch.nn.Linear(1, 5)])
     monkeypatch.setattr(stage2, "features_of", lambda e, view, amp: view[None, :, :2, 0, 0])
     monkeypatch.setattr(stage2.data, "evaluation_view", lambda images, run: images[0].float())
     args, parts = argparse.Namespace(workers=0, amp="off"), []
     monkeypatch.setattr(stage2, "gather", lambda part: parts.append(part) or part)
     for rank in range(world):
-        stage2.split_features(torch.nn.Identity(), dataset, args, None, (rank, world, CPU))
+        stage2.split_features(encoder, dataset, args, None, (rank, world, CPU))
     gathered = torch.cat(parts)
     monkeypatch.setattr(stage2, "gather", lambda part: gathered)
-    features = stage2.split_features(torch.nn.Identity(), dataset, args, None, (0, world, CPU))
-    assert features[0, :, 0].tolist() == list(range(20))
+    features = stage2.split_features(encoder, dataset, args, None, (0, world, CPU))
+    assert features[0, :, 0].tolist() == list(range(count))
 
 
 def test_nearest_neighbours_vote_by_their_cosine_and_classes_count_alike(monkeypatch):

@@ -240,8 +240,11 @@ def test_the_adjusted_classifier_is_chosen_on_val_and_the_same_every_time(
     ):
         with pytest.raises(BadInput, match=says):
             call(stage2, *options, tmp_path / "d", *flags)
-    with pytest.raises(BadInput, match="classifier was balanced, now adjusted"):
-        call(stage2, "--output", trained[0])
+    for place, flags in ((trained[0], []), (tmp_path / "a", BALANCED), (tmp_path / "c", [])):
+        before = (place / "results.json").read_bytes()  # is never overwritten by another stage 2
+        with pytest.raises(BadInput, match="results.json belongs to another run .*choose another"):
+            call(stage2, *options[:2], "--output", place, *flags)
+        assert (place / "results.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -333,6 +336,10 @@ def test_predictions_are_those_that_stage_2_counted(loss, imagenet_tree, tmp_pat
     assert out.splitlines() == printed.splitlines()[:6] and said.count("\n") == 2
     assert f"{tmp_path}/broken.jpg cannot be read as an image" in said
     assert f"{tmp_path}/gone.jpg cannot be read as an image (No such file" in said
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as end:
+        call(stage2, "--output", run, "--workers", 0, "--predict", tmp_path / "empty")
+    assert end.value.code == 2 and "/empty holds no images" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------ resuming
@@ -871,8 +878,17 @@ def test_an_end_that_is_no_fault_of_the_code_is_one_line(error, code, says, goes
     assert end.value.code == code and said.count("\n") == 1
     assert re.search(says, said)
     assert ("the same command goes on from the last checkpoint" in said) == goes_on
-    with pytest.raises(RuntimeError, match="a bug"):  # anything else is shown whole
-        data.run(lambda: exec("raise RuntimeError('a bug')"))
+
+
+@pytest.mark.parametrize(
+    "text", ["a bug", "Caught RuntimeError in DataLoader worker process 0.", "in /torch_a/b.py"]
+)
+def test_errors_of_the_code_are_shown_with_their_traceback(text):
+    def main():
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match=text):
+        data.run(main)
 
 
 def test_under_torchrun_an_error_names_its_rank():
