@@ -594,8 +594,11 @@ def test_an_epochs_end_is_saved_if_a_minute_has_passed(
     monkeypatch.setattr(
         train, "save", lambda path, content: (saved.append(content), save(path, content))
     )
+    averaged = []  # before every record, and so before every checkpoint
+    monkeypatch.setattr(train, "average_statistics", lambda encoder: averaged.append(len(saved)))
     call(train, *TINY[:-2], "--data-root", small_root, "--output", tmp_path)
     assert [content["step"] for content in saved if isinstance(content, dict)] == steps
+    assert len(averaged) == 2 and averaged[-1] == len(saved) - 1
 
 
 def test_two_hosts_meet_at_a_rendezvous(small_root, tmp_path):
