@@ -75,6 +75,8 @@ def main():
     args.stage1 = saved["args"] | dict(step=saved["step"])
     cfg = argparse.Namespace(**saved["args"])
     sets = data.load_dataset(cfg.dataset, args.data_root, args.index_dir, args.imbalance)
+    if "images" not in saved["args"]:
+        raise BadInput(f"{args.checkpoint} is of an earlier version of this code: train again")
     sizes = {split: len(part) for split, part in sets.items()}
     if sizes != cfg.images:
         raise BadInput(
@@ -567,7 +569,8 @@ def draw_accuracy(path, results, names):
     counts, font = torch.tensor(results["counts"]), load_font()
     order = counts.argsort(descending=True, stable=True).tolist()
     width, left, bottom = max(1, min(50, 1600 // len(order))), 40, 340  # 3 pixels a percent
-    image = Image.new("RGB", (left + width * len(order) + 20, bottom + 130), "white")
+    size = max(450, left + width * len(order) + 20), bottom + 130
+    image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     title = f"top-1 on {results['reported_on']}, mean of classes: {results['all']:.2f}"
     draw.text((6, 4), title, "black", font)
@@ -575,7 +578,7 @@ def draw_accuracy(path, results, names):
         y = bottom - 3 * percent
         draw.line([(left, y), (image.width, y)], (220, 220, 220))
         draw.text((left - 6, y), str(percent), "black", font, "rm")
-    for group, mask in shot_groups(counts).items():
+    for column, (group, mask) in enumerate(shot_groups(counts).items()):
         places = [n for n, label in enumerate(order) if mask[label]]
         for n in places:
             x, accuracy = left + n * width, results["per_class"][order[n]]
@@ -584,7 +587,7 @@ def draw_accuracy(path, results, names):
                 draw.rectangle(box, SHOTS[group])
         if places and results[group] is not None:
             text = f"{group} {results[group]:.1f}"
-            draw.text((left + places[0] * width, bottom - 308), text, SHOTS[group], font, "ls")
+            draw.text((left + 130 * column, bottom - 308), text, SHOTS[group], font, "ls")
     for n, label in enumerate(order if len(order) <= 40 else ()):
         name = caption(f"{names[label]} {counts[label]}", 120).rotate(90, expand=True)
         image.paste(name, (left + n * width + width // 2 - 9, bottom + 4))
