@@ -16,7 +16,6 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
-from copy import copy
 from datetime import timedelta
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -205,34 +204,34 @@ class Draws:
     """Random numbers for the views of images, the same with any number of processes.
 
     They are drawn for all `batch_size` images of the global batch, and this process uses those of
-    its `rows`. With `copies` there are as many for each image, for its patches.
+    its `rows`.
     """
 
     def __init__(self, seed, batch_size, rows, device):
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.batch_size, self.rows, self.device, self.copies = batch_size, rows, device, 1
+        self.batch_size, self.rows, self.device = batch_size, rows, device
 
-    def uniform(self, low, high, *shape):
-        """Uniform in [low, high]: [copies * images, *shape]."""
-        shape = self.copies, self.batch_size, *shape
+    def uniform(self, low, high, *shape, copies=1):
+        """Uniform in [low, high], `copies` for each image: [copies * images, *shape]."""
+        shape = copies, self.batch_size, *shape
         draw = torch.empty(shape, device=self.device).uniform_(low, high, generator=self.generator)
         return draw[:, self.rows].flatten(0, 1)
 
 
-def random_boxes(draws, size, scale, tries=10):
+def random_boxes(draws, size, scale, copies=1, tries=10):
     """Boxes of random resized crops in a square of `size` pixels: [N, 4] as x1, y1, x2, y2.
 
     As torchvision's RandomResizedCrop, but not rounded to pixels: a uniform area, as a fraction of
     the square in the range `scale`, and a uniform log aspect ratio; the first of `tries` that fits
     into the square, else the whole square; a uniform position.
     """
-    area = size**2 * draws.uniform(*scale, tries)  # [N, tries]
-    aspect = draws.uniform(*np.log(RATIO), tries).exp()
+    area = size**2 * draws.uniform(*scale, tries, copies=copies)  # [N, tries]
+    aspect = draws.uniform(*np.log(RATIO), tries, copies=copies).exp()
     sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=2)  # [N, tries, 2]
     sides = torch.cat([sides, sides.new_full((len(sides), 1, 2), size)], dim=1)
     fits = (sides <= size).all(2).byte().argmax(1)  # the first that fits
     sides = sides.take_along_dim(fits[:, None, None], dim=1).squeeze(1)  # [N, 2]
-    corner = draws.uniform(0, 1, 2) * (size - sides)
+    corner = draws.uniform(0, 1, 2, copies=copies) * (size - sides)
     return torch.cat([corner, corner + sides], dim=1)
 
 
@@ -247,9 +246,9 @@ def crop(images, boxes, size):
     return roi_align(images, torch.cat([rows[:, None], boxes], dim=1), size, aligned=True)
 
 
-def random_flip(images, draws):
+def random_flip(images, draws, copies=1):
     """Mirror each image with probability 1/2."""
-    flip = draws.uniform(0, 1, 1, 1, 1) < 0.5
+    flip = draws.uniform(0, 1, 1, 1, 1, copies=copies) < 0.5
     return torch.where(flip, images.flip(3), images)
 
 
@@ -260,7 +259,7 @@ TURN = np.array([np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1],
 HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
 
 
-def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
+def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0, copies=1):
     """Colour jitter and random grey of each image as one affine map of its pixels: [B, 3, 4].
 
     channel_means [B, 3] are of pixels in [0, 1]. `jitter` holds brightness, contrast, saturation
@@ -274,7 +273,7 @@ def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
     identity, grey = unchanged[:, :3], luma.expand(3, 3)
     low = constant((*(max(0, 1 - s) for s in jitter[:3]), -2 * math.pi * jitter[3]), device)
     high = constant((*(1 + s for s in jitter[:3]), 2 * math.pi * jitter[3]), device)
-    changes = torch.lerp(low, high, draws.uniform(0, 1, 4))[..., None, None]
+    changes = torch.lerp(low, high, draws.uniform(0, 1, 4, copies=copies))[..., None, None]
     brightness, contrast, saturation, angle = changes.unbind(1)  # each [B, 1, 1]
 
     turn = hues[0] + angle.cos() * hues[1] + angle.sin() * hues[2]
@@ -282,8 +281,9 @@ def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0):
     # Contrast mixes pixels with the mean grey of the image, which saturation and hue do not change.
     offset = brightness * (1 - contrast) * (channel_means @ luma)[:, None, None]
     matrix = torch.cat([matrix, offset.expand(-1, 3, 1)], dim=2)
-    matrix = torch.where(draws.uniform(0, 1, 1, 1) < jitter_p, matrix, unchanged)
-    return torch.where(draws.uniform(0, 1, 1, 1) < grey_p, grey @ matrix, matrix)
+    jittered = draws.uniform(0, 1, 1, 1, copies=copies) < jitter_p
+    matrix = torch.where(jittered, matrix, unchanged)
+    return torch.where(draws.uniform(0, 1, 1, 1, copies=copies) < grey_p, grey @ matrix, matrix)
 
 
 def color_transform(images, matrices):
@@ -293,7 +293,7 @@ def color_transform(images, matrices):
     return changed.clamp_(0, 1).view(len(images), 3, *images.shape[2:])
 
 
-def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
+def random_blur(images, draws, probability, copies=1, sigma=(0.1, 2.0)):
     """Gaussian blur of each image with the given probability; sigma uniform, in pixels."""
     if not probability:
         return images
@@ -301,8 +301,8 @@ def random_blur(images, draws, probability, sigma=(0.1, 2.0)):
     radius = min(round(3 * sigma[1]), min(height, width) - 1)
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     # [B, 2 radius + 1], sums to 1
-    kernel = (-0.5 * (offsets / draws.uniform(*sigma, 1)) ** 2).softmax(1)
-    chosen = draws.uniform(0, 1, 1) < probability
+    kernel = (-0.5 * (offsets / draws.uniform(*sigma, 1, copies=copies)) ** 2).softmax(1)
+    chosen = draws.uniform(0, 1, 1, copies=copies) < probability
     kernel = torch.where(chosen, kernel, (offsets == 0).to(kernel.dtype))
     kernel = kernel.repeat_interleave(channels, 0)[:, None]  # one for each channel of each image
     planes = F.pad(images.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
@@ -322,11 +322,12 @@ def normalize(images, cfg):
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def photometric(images, draws, cfg, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0):
-    """Colour changes, blur and normalisation of images [B, C, H, W] in [0, 1]."""
+def photometric(images, draws, cfg, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0, copies=1):
+    """Colour changes, blur and normalisation of images [copies * B, C, H, W] in [0, 1]."""
     means = images.mean((2, 3)).expand(-1, 3)
-    images = color_transform(images, color_matrices(means, draws, jitter, jitter_p, grey_p))
-    return normalize(random_blur(images, draws, blur_p), cfg)
+    matrices = color_matrices(means, draws, jitter, jitter_p, grey_p, copies)
+    images = color_transform(images, matrices)
+    return normalize(random_blur(images, draws, blur_p, copies), cfg)
 
 
 def random_view(images, draws, cfg):
@@ -357,11 +358,9 @@ def query_views(images, draws, cfg):
     changes = cfg.query_jitter, cfg.query_jitter_p, cfg.grey_p, cfg.blur_p
     boxes = patches = None
     if count:
-        of_patches = copy(draws)  # continues the stream, with `count` numbers for each image
-        of_patches.copies = count
-        boxes = random_boxes(of_patches, cfg.view_size, cfg.patch_scale)
-        patches = random_flip(crop(view, boxes, cfg.patch_size), of_patches)
-        patches = photometric(patches, of_patches, cfg, *changes)
+        boxes = random_boxes(draws, cfg.view_size, cfg.patch_scale, copies=count)
+        patches = random_flip(crop(view, boxes, cfg.patch_size), draws, count)
+        patches = photometric(patches, draws, cfg, *changes, copies=count)
         patches = patches.unflatten(0, (count, len(view)))
         boxes = boxes.unflatten(0, (count, len(view)))
     return photometric(view, draws, cfg, *changes), boxes, patches

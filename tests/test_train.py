@@ -131,6 +131,26 @@ def test_the_same_seed_gives_the_same_to_the_bit_and_another_does_not(
         assert same == ([True] * 3 if seed == 0 else [False] * 3)
 
 
+def test_help_of_stage_2_shows_the_defaults_of_the_run(tmp_path, monkeypatch, capsys):
+    args = dict(dataset="places_lt", data_root=None, index_dir=None, imbalance=None)
+    train.save(tmp_path / "checkpoint.pth", dict(stage=train.STAGE, args=args))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--output", str(tmp_path), "--help"])
+    with pytest.raises(SystemExit):
+        stage2.main()
+    shown = capsys.readouterr().out
+    assert "(default: places_lt)" in " ".join(shown.split()) and "(default: balanced)" in shown
+    assert shown.startswith("usage: ") and shown.splitlines()[1] == ""  # one line
+
+
+def test_a_live_line_of_80_columns_shows_the_time_that_is_left(monkeypatch, capsys):
+    monkeypatch.setattr(data, "CLEAR", "\r\x1b[K")
+    monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((80, 24)))
+    progress = data.Progress(2280)
+    progress.show(10, "epoch 119.5/120  loss 6.408  dscl 4.980  pbsd 4.761  1622 images/s")
+    said = capsys.readouterr().err.replace(data.CLEAR, "")
+    assert re.match(r"ETA \d:\d\d:\d\d  epoch", said) and len(said) < 80
+
+
 @pytest.mark.parametrize("loss", ["scl", "ce", "la"])
 def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
     options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1]
