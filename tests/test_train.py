@@ -516,6 +516,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_root, tmp_path, call)
 
 def test_two_processes_compute_what_one_does_hold_the_same_and_shuffle_keys(small_root, tmp_path):
     options = ["--data-root", small_root, "--epochs", 1, *TINY[2:], "--amp", "off"]
+    options += ["--arch", "resnet_small", "--momentum-encoder", "0.99"]
     runs = []
     for name, launcher in (("one", []), ("two", LAUNCH)):
         output = tmp_path / name
