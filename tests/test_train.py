@@ -536,6 +536,7 @@ def test_two_processes_compute_what_one_does_hold_the_same_and_shuffle_keys(smal
 
 def test_when_a_process_dies_the_other_says_so_and_ends(small_root, tmp_path):
     options = ["--data-root", small_root, "--output", tmp_path, *TINY[2:]]
+    options += ["--save-minutes", 0.03]  # seldom, so that the kill finds the other process training
     process = begin(*LAUNCH, "train.py", *options)
     while not (tmp_path / "checkpoint.pth").exists():
         assert process.poll() is None
