@@ -888,7 +888,7 @@ class Parser(argparse.ArgumentParser):
         """The flags that follow stand under this title in --help."""
         self.group = self.add_argument_group(title)
 
-    def flag(self, name, default, limits, text, kind=None, shown=None, any_number=False):
+    def flag(self, name, default, limits, text, any_number=False, kind=None, shown=None):
         """A flag of its default's type within limits: the smallest and largest, or the choices.
 
         A flag of a `kind` without default does not apply to this data set and is not shown. Of a
@@ -919,9 +919,12 @@ class Parser(argparse.ArgumentParser):
         self.group.add_argument(f"--{name}", action="store_true", help=text)
 
     def settings(self, group, meanings):
-        """Every setting of a group of the recipe as a flag; meanings: {name: (limits, text)}."""
+        """Every setting of a group of the recipe as a flag.
+
+        meanings: {name: (limits, text)}, or (limits, text, True) if it takes any number of values.
+        """
         for name, default in self.recipe[group].items():
-            self.flag(name, default, *meanings[name], any_number=name == "penalty")
+            self.flag(name, default, *meanings[name])
 
     def run_flags(self):
         """The flags that every command has, whatever it computes."""

@@ -71,12 +71,12 @@ def main():
         return print(summary(args.summary))
     if args.predict:
         return predict(args, saved)
+    if "images" not in saved["args"]:
+        raise BadInput(f"{args.checkpoint} is of an earlier version of this code: train again")
     rank, world, device = processes = train.start(args)
     args.stage1 = saved["args"] | dict(step=saved["step"])
     cfg = argparse.Namespace(**saved["args"])
     sets = data.load_dataset(cfg.dataset, args.data_root, args.index_dir, args.imbalance)
-    if "images" not in saved["args"]:
-        raise BadInput(f"{args.checkpoint} is of an earlier version of this code: train again")
     sizes = {split: len(part) for split, part in sets.items()}
     if sizes != cfg.images:
         raise BadInput(
@@ -648,7 +648,7 @@ STAGE2 = dict(
     ),
     penalty=(
         (0, 1e6), "penalty of the squared weights, for --classifier adjusted; of several the best "
-        "on val is taken. All flags below are for --classifier balanced"
+        "on val is taken. All flags below are for --classifier balanced", True,
     ),
     epochs=((0, 1e6), "passes over the training set; 0 reports the classifier of --loss ce or la"),
     batch_size=((1, 1e6), "images in a step, over all processes"),
