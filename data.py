@@ -45,36 +45,81 @@ DEFAULT = "fashion_mnist_lt"
 RATIO = (3 / 4, 4 / 3)  # of the sides of all crops
 RANK = int(os.environ.get("RANK", 0))  # of this process, as torchrun sets it
 
-# ------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------ settings
+
+# Every setting of the method is a flag. Here are its value for photographs, which is the paper's
+# for ImageNet-LT or, where the paper does not say, that of its published code; its limits or
+# choices; and its meaning. DATASETS below has the values that other data sets change.
+SETTINGS = dict(
+    views=dict(
+        mean=((0.485, 0.456, 0.406), (0, 1), "mean of red, green and blue, from 0 to 1"),
+        std=((0.229, 0.224, 0.225), (0.001, 1), "standard deviation of red, green and blue"),
+        view_size=(224, (8, 4096), "width and height of the views in pixels; paper: 224"),
+        crop_scale=((0.08, 1.0), (0.001, 1),
+                    "smallest and largest area of a view, as a fraction of the image's"),
+        grey_p=(0.2, (0, 1), "probability that a query view or a patch becomes grey"),
+        blur_p=(0.5, (0, 1), "probability that a query view or a patch is blurred"),
+        query_jitter=((0.4, 0.4, 0.4, 0.1), (0, 1),
+                      "jitter of query views and patches: brightness, contrast, saturation, hue"),
+        query_jitter_p=(0.8, (0, 1), "probability that a query view or a patch is jittered"),
+        key_jitter=((0.4, 0.4, 0.4, 0.0), (0, 1),
+                    "jitter of all key views: brightness, contrast, saturation, hue"),
+        patches=(5, (1, 1024), "number L of patches cut from a query view; paper: 5"),
+        patch_size=(64, (4, 4096), "width and height of the patches in pixels; paper: 64"),
+        patch_scale=((0.05, 0.6), (0.001, 1),
+                     "smallest and largest area of a patch, as a fraction of the query view's"),
+    ),
+    stage1=dict(
+        arch=("resnet50", None, "backbone"),  # train.py has the choices
+        pretrained=("none", None, "weights to start from: a file, the name of torchvision's "
+                    "weights, or none"),
+        experts=(1, (1, 16), "experts that share the first stages; stage 2 averages their logits"),
+        epochs=(200, (1, 1e6), "passes over the training set"),
+        warmup=(0.05, (0, 1), "fraction of the run in which the learning rate rises; paper: 0.05"),
+        batch_size=(256, (1, 1e6), "images in a step, over all processes"),
+        lr=(0.1, (1e-8, 1e3),
+            "peak learning rate for 256 images a step; scaled for other batch sizes"),
+        weight_decay=(5e-4, (0, 1), "weight decay of SGD"),
+        queue_size=(65536, (0, 1e7),
+                    "keys K in the queue; more than training images are stale copies"),
+        momentum_encoder=(0.999, (0, 1), "momentum m of the key encoder's moving average"),
+        temperature=(0.07, (1e-3, 1e3), "temperature tau of both losses; paper: 0.07"),
+        alpha=(0.1, (0, 1), "weight of the anchor's own key in DSCL; paper: 0.1"),
+        pbsd_weight=(1.5, (0, 1e3), "weight lambda of PBSD, 0 leaves it out; paper: 1.5"),
+    ),
+    stage2=dict(
+        classifier=("balanced", ("adjusted", "balanced"),
+                    "adjusted: logistic regression with logit adjustment, without learning rate; "
+                    "balanced: SGD with class-balanced sampling, as in the paper"),
+        penalty=((3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1), (0, 1e6),
+                 "penalty of the squared weights, for --classifier adjusted; of several the best "
+                 "on val is taken, without val the first. All flags below are for --classifier "
+                 "balanced", "any number"),
+        epochs=(40, (0, 1e6),
+                "passes over the training set; 0 reports the classifier of --loss ce or la"),
+        batch_size=(2048, (1, 1e6), "images in a step, over all processes"),
+        lr=(10.0, (1e-8, 1e4), "learning rate of SGD, not scaled with the batch size"),
+        weight_decay=(0.0, (0, 1), "weight decay of SGD"),
+        milestones=((0.5, 0.75), (0, 1),
+                    "fractions of the run after which the learning rate falls to a tenth"),
+        augment=(True, None,
+                 "train on crops and colours as stage 1's query views, not on whole images"),
+        bn=("train", ("train", "eval"),
+            "statistics of the backbone's BatchNorm: the batch's, or stage 1's"),
+    ),
+)
 
 
 def derive(base, **changes):
-    """A recipe with changes, which are merged into the nested dicts of `base`."""
+    """A data set's entry with changes, which are merged into the nested dicts of `base`."""
     return base | {k: base.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()}
 
 
-# Photographs on disk, decoded and cropped by worker processes: the settings of the paper for
-# ImageNet-LT and, where it does not say, of its published code. Each setting is a flag; VIEWS
-# here, STAGE1 in train.py and STAGE2 in eval.py explain them.
-PHOTOGRAPHS = dict(
-    views=dict(
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-        view_size=224, crop_scale=(0.08, 1.0), grey_p=0.2, blur_p=0.5,
-        query_jitter=(0.4, 0.4, 0.4, 0.1), query_jitter_p=0.8, key_jitter=(0.4, 0.4, 0.4, 0.0),
-        patches=5, patch_size=64, patch_scale=(0.05, 0.6),
-    ),
-    stage1=dict(
-        arch="resnet50", pretrained="none", experts=1,
-        epochs=200, warmup=0.05, batch_size=256, lr=0.1, weight_decay=5e-4,
-        queue_size=65536, momentum_encoder=0.999,
-        temperature=0.07, alpha=0.1, pbsd_weight=1.5,
-    ),
-    stage2=dict(
-        classifier="balanced", penalty=(3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1),
-        epochs=40, batch_size=2048, lr=10.0, weight_decay=0.0, milestones=(0.5, 0.75),
-        augment=True, bn="train",  # as in the published code
-    ),
-)
+# Photographs on disk, which worker processes decode and crop.
+PHOTOGRAPHS = {
+    group: {name: value for name, (value, *_) in settings.items()}
+    for group, settings in SETTINGS.items()
+}
 
 # Small images, held in memory and cropped on the device. The changes are ours, chosen on held-out
 # images of Fashion-MNIST-LT: images this small need no blur, and random crops in stage 2 would
@@ -160,27 +205,6 @@ DATASETS = {
     ),
     "small_imagefolder": derive(SMALL, source="folder"),
 }
-
-# The settings of the views: their limits and what they mean.
-VIEWS = dict(
-    mean=((0, 1), "mean of red, green and blue, from 0 to 1"),
-    std=((0.001, 1), "standard deviation of red, green and blue, from 0 to 1"),
-    view_size=((8, 4096), "width and height of the views in pixels; paper: 224"),
-    crop_scale=((0.001, 1), "smallest and largest area of a view, as a fraction of the image's"),
-    grey_p=((0, 1), "probability that a query view or a patch becomes grey"),
-    blur_p=((0, 1), "probability that a query view or a patch is blurred"),
-    query_jitter=(
-        (0, 1), "jitter of query views and patches: brightness, contrast, saturation, hue"
-    ),
-    query_jitter_p=((0, 1), "probability that a query view or a patch is jittered"),
-    key_jitter=((0, 1), "jitter of all key views: brightness, contrast, saturation, hue"),
-    patches=((1, 1024), "number L of patches cut from a query view; paper: 5"),
-    patch_size=((4, 4096), "width and height of the patches in pixels; paper: 64"),
-    patch_scale=(
-        (0.001, 1), "smallest and largest area of a patch, as a fraction of the query view's"
-    ),
-)
-
 
 def in_memory(name):
     """Whether a data set is held in memory, and cut on the device."""
@@ -754,16 +778,6 @@ def seed_from(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def fit_batch(args, count):
-    """Lower a batch size above the size of the training set to the largest power of two below."""
-    if args.batch_size > count:
-        fitting = 2 ** (count.bit_length() - 1)
-        if RANK == 0:
-            print(f"--batch-size {args.batch_size} is lowered to {fitting}: the training set has "
-                  f"{count} images", file=sys.stderr)
-        args.batch_size = fitting
-
-
 class Batches:
     """The batches of a whole run: (indices, seeds of their random crops) of each step.
 
@@ -805,12 +819,6 @@ class Batches:
             seeds = np.random.SeedSequence((self.seed, step), spawn_key=(1,))
             seeds = seeds.generate_state(self.batch_size, np.uint64) >> np.uint64(1)
             yield batch[self.rows].tolist(), seeds[self.rows].tolist()
-
-
-def evaluation_batches(count, rank=0, world=1, batch_size=128):
-    """Batches of all images of a split, none twice: this process's part, for a loader."""
-    rows = torch.arange(count)[rank::world]
-    return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
 
 
 class BatchDataset:
@@ -882,32 +890,31 @@ class Parser(argparse.ArgumentParser):
         self.path("data-root", "DIR", "directory of the images")
         self.path("index-dir", "DIR", "directory of the index files (default: that of the images)")
         text = "size of the largest class divided by that of the smallest: 10, 50 or 100"
-        self.flag("imbalance", self.recipe.get("imbalance"), (1, 1e4), text, kind=float)
+        self.flag("imbalance", self.recipe.get("imbalance"), (1, 1e4), text)
 
     def begin(self, title):
         """The flags that follow stand under this title in --help."""
         self.group = self.add_argument_group(title)
 
-    def flag(self, name, default, limits, text, any_number=False, kind=None, shown=None):
+    def flag(self, name, default, limits, text, any_number=False, shown=None):
         """A flag of its default's type within limits: the smallest and largest, or the choices.
 
-        A flag of a `kind` without default does not apply to this data set and is not shown. Of a
-        tuple the flag takes as many values as the default has, or any number.
+        If the default is a tuple, it takes as many values, or any number. If the default is None,
+        the flag does not apply to this data set and is not shown; it takes a float.
         """
         values = default if isinstance(default, tuple) else (default,)
-        shown = shown or " ".join(map(str, values))
-        options = dict(default=default, help=f"{text} (default: {shown})")
-        if isinstance(values[0], bool):
-            options |= dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(values[0], str):
+        options = dict(default=default, metavar="X", help=argparse.SUPPRESS)
+        if default is not None:
+            options["help"] = f"{text} (default: {shown or ' '.join(map(str, values))})"
+        if isinstance(default, bool):
+            options |= dict(action=argparse.BooleanOptionalAction, metavar=None)
+        elif isinstance(default, str):
             options |= dict(choices=limits, metavar=None if limits else "NAME")
         else:
-            kind = kind or type(values[0])
+            kind = int if isinstance(values[0], int) else float
             options |= dict(type=bounded(kind, *limits), metavar="N" if kind is int else "X")
-        if values is default:
-            options |= dict(nargs="+" if any_number else len(values))
-        if default is None:
-            options |= dict(help=argparse.SUPPRESS)
+        if isinstance(default, tuple):
+            options["nargs"] = "+" if any_number else len(default)
         self.group.add_argument("--" + name.replace("_", "-"), **options)
 
     def path(self, name, metavar, text, **options):
@@ -918,13 +925,11 @@ class Parser(argparse.ArgumentParser):
         """A flag without value, off by default."""
         self.group.add_argument(f"--{name}", action="store_true", help=text)
 
-    def settings(self, group, meanings):
-        """Every setting of a group of the recipe as a flag.
-
-        meanings: {name: (limits, text)}, or (limits, text, True) if it takes any number of values.
-        """
-        for name, default in self.recipe[group].items():
-            self.flag(name, default, *meanings[name])
+    def settings(self, group, **choices):
+        """Every setting of a group of SETTINGS as a flag; `choices` of a setting stand in."""
+        for name, (_, limits, text, *any_number) in SETTINGS[group].items():
+            default = self.recipe[group][name]
+            self.flag(name, default, choices.get(name, limits), text, any_number)
 
     def run_flags(self):
         """The flags that every command has, whatever it computes."""
@@ -973,37 +978,11 @@ class Progress:
 AGAIN = "the same command goes on from the last checkpoint, or starts again if there is none"
 
 
-def explain(error):
-    """Exit code and message for torch's errors that are no fault of the code; else no message."""
-    text = str(error)
-    first = text.partition("\n")[0]
-    full = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in full):
-        return 2, (
-            f"the GPU is out of memory ({first}); use a smaller --batch-size or more GPUs, leave "
-            "--amp at auto, and in stage 2 use --classifier balanced"
-        )
-    # A worker that was killed, or that could not make a file of shared memory.
-    if "DataLoader worker (pid" in text or "</torch_" in text:
-        return 2, (
-            f"a process that decodes images failed ({first}); often shared memory is too small: "
-            "start docker with --ipc=host or --shm-size=8g, or use --workers 0"
-        )
-    if isinstance(error, dist.DistError) or "gloo" in text or "EADDRINUSE" in text:
-        # NCCL tells the cause last. If a process was lost, the same command goes on; if a port is
-        # taken or the network is set up wrongly, it would fail again.
-        cause = text.partition("Last error:")[2].strip().partition("\n")[0] or first
-        lost = any(words in text for words in ("by peer", "Broken pipe", "remote process exited"))
-        message = f"the connection to another process failed ({cause})"
-        return 1, f"{message}; {AGAIN}" if lost else message
-    return 1, None
-
-
-def run(main):
+def run(main, explain=lambda error: (1, None)):
     """Call main(); print errors that are no fault of the code as one line.
 
-    The exit code is 2 if the user can fix it, 130 after Ctrl-C, and 1 if the connection to another
-    process failed.
+    The exit code is 2 if the user can fix it and 130 after Ctrl-C. `explain` returns code and
+    message of a RuntimeError, or no message if it is a fault of the code.
     """
     try:
         main()
@@ -1114,7 +1093,7 @@ def main():
     parser.path("views", "FILE", "draw what the networks see into this PNG file, and check nothing")
     parser.run_flags()
     parser.begin("views")
-    parser.settings("views", VIEWS)
+    parser.settings("views")
     args = parser.parse_args()
     choice = args.data_root, args.index_dir, args.imbalance, args.download
     sets = load_dataset(args.dataset, *choice, checking=not args.views)

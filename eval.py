@@ -43,7 +43,6 @@ from data import (
     Draws,
     Parser,
     Progress,
-    evaluation_batches,
     load_batches,
     shot_groups,
 )
@@ -61,6 +60,7 @@ from train import (
 )
 
 STAGE = "stage 2 of DSCL + PBSD"
+STAGE2 = data.SETTINGS["stage2"].keys()
 RESULT = "the classifier of DSCL + PBSD"
 MAX_CONFUSION_CLASSES = 1000  # its table of confusions is square: 8 MB for 1000 classes
 
@@ -87,7 +87,7 @@ def main():
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
     if args.classifier == "balanced":
-        data.fit_batch(args, len(sets["train"]))
+        train.fit_batch(args, len(sets["train"]))
     encoder = classifier_of(cfg, saved.pop("encoder"), len(counts), args.seed, args.epochs == 0)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     if args.knn:
@@ -311,6 +311,12 @@ def features_of(encoder, view, amp):
     """The features of a view, on which classifiers and kNN work: float32 [E, B, C]."""
     with autocast(view.device, amp):
         return means([maps.float() for maps in encoder.feature_maps(view)])
+
+
+def evaluation_batches(count, rank=0, world=1, batch_size=128):
+    """Batches of all images of a split, none twice: this process's part, for a loader."""
+    rows = torch.arange(count)[rank::world]
+    return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
 
 
 def evaluation_loader(dataset, args, cfg, processes):
@@ -640,26 +646,6 @@ def draw_activation(path, encoder, dataset, counts, cfg, names, device, side=160
 
 # ---------------------------------------------------------------------------------------- arguments
 
-# The settings of stage 2: their limits or choices, and what they mean. data.DATASETS has values.
-STAGE2 = dict(
-    classifier=(
-        ("adjusted", "balanced"), "adjusted: logistic regression with logit adjustment, without "
-        "learning rate; balanced: SGD with class-balanced sampling, as in the paper",
-    ),
-    penalty=(
-        (0, 1e6), "penalty of the squared weights, for --classifier adjusted; of several the best "
-        "on val is taken. All flags below are for --classifier balanced", True,
-    ),
-    epochs=((0, 1e6), "passes over the training set; 0 reports the classifier of --loss ce or la"),
-    batch_size=((1, 1e6), "images in a step, over all processes"),
-    lr=((1e-8, 1e4), "learning rate of SGD, not scaled with the batch size"),
-    weight_decay=((0, 1), "weight decay of SGD"),
-    milestones=((0, 1), "fractions of the run after which the learning rate falls to a tenth"),
-    augment=(None, "train on crops and colours as stage 1's query views, not on whole images"),
-    bn=(("train", "eval"), "statistics of the backbone's BatchNorm: the batch's, or stage 1's"),
-)
-
-
 def settle_classifier(parser, args):
     """Fill in the settings that no flag has set, which are None, from the recipe.
 
@@ -669,8 +655,8 @@ def settle_classifier(parser, args):
     recipe = parser.recipe["stage2"]
     given = {name for name in STAGE2 if getattr(args, name) is not None}
     kind = "stage1" if args.epochs == 0 else args.classifier or recipe["classifier"]
-    taken = dict(adjusted={"penalty"}, stage1={"epochs"}, balanced=STAGE2.keys() - {"penalty"})
-    for name in STAGE2.keys() - given:
+    taken = dict(adjusted={"penalty"}, stage1={"epochs"}, balanced=STAGE2 - {"penalty"})
+    for name in STAGE2 - given:
         setattr(args, name, recipe[name] if name in taken[kind] else None)
     for name in sorted(given - taken[kind] - {"classifier"}):
         other = "adjusted" if name == "penalty" else "balanced"
@@ -704,7 +690,7 @@ def parse_args():
     parser.path("plots", "DIR", "draw accuracy by class and class activation maps")
     parser.path("export", "FILE", "write the weights by torchvision's names")
     parser.begin("classifier")
-    parser.settings("stage2", STAGE2)
+    parser.settings("stage2")
     parser.set_defaults(output=path.parent, checkpoint=path)
     parser.set_defaults(**{name: cfg.get(name) for name in ("data_root", "index_dir", "imbalance")})
     args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(STAGE2)))
@@ -729,4 +715,4 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    train.run(main)

@@ -112,7 +112,7 @@ def main():
     sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     args.images = {split: len(part) for split, part in sets.items()}  # must stay, as all of args
     train_set, path = sets["train"], args.output / "checkpoint.pth"
-    data.fit_batch(args, len(train_set))
+    fit_batch(args, len(train_set))
     saved = resume(path, STAGE, args, device)
 
     torch.manual_seed(args.seed)  # the same weights everywhere
@@ -228,6 +228,35 @@ def start(args):
 
 def autocast(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def explain(error):
+    """Exit code and message for torch's errors that are no fault of the code; else no message."""
+    text = str(error)
+    first = text.partition("\n")[0]
+    full = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in full):
+        return 2, (
+            f"the GPU is out of memory ({first}); use a smaller --batch-size or more GPUs, leave "
+            "--amp at auto, and in stage 2 use --classifier balanced"
+        )
+    # A worker that was killed, or that could not make a file of shared memory.
+    if "DataLoader worker (pid" in text or "</torch_" in text:
+        return 2, (
+            f"a process that decodes images failed ({first}); often shared memory is too small: "
+            "start docker with --ipc=host or --shm-size=8g, or use --workers 0"
+        )
+    if isinstance(error, dist.DistError) or "gloo" in text or "EADDRINUSE" in text:
+        # NCCL tells the cause last. If a process was lost, the same command goes on; if a port is
+        # taken or the network is set up wrongly, it would fail again.
+        cause = text.partition("Last error:")[2].strip().partition("\n")[0] or first
+        lost = any(words in text for words in ("by peer", "Broken pipe", "remote process exited"))
+        message = f"the connection to another process failed ({cause})"
+        return 1, f"{message}; {data.AGAIN}" if lost else message
+    return 1, None
+
+
+run = partial(data.run, explain=explain)  # calls main() and prints errors in one line
 
 
 @torch.no_grad()
@@ -411,24 +440,6 @@ def open_log(path, args, step):
 
 # ---------------------------------------------------------------------------------------- arguments
 
-# The settings of stage 1: their limits or choices, and what they mean. data.DATASETS has values.
-STAGE1 = dict(
-    arch=(ARCHS, "backbone"),
-    pretrained=(None, "weights to start from: a file, the name of torchvision's weights, or none"),
-    experts=((1, 16), "experts, which share the first stages; stage 2 averages their logits"),
-    epochs=((1, 1e6), "passes over the training set"),
-    warmup=((0, 1), "fraction of the run in which the learning rate rises; paper: 0.05"),
-    batch_size=((1, 1e6), "images in a step, over all processes"),
-    lr=((1e-8, 1e3), "peak learning rate for 256 images a step; scaled for other batch sizes"),
-    weight_decay=((0, 1), "weight decay of SGD"),
-    queue_size=((0, 1e7), "keys K in the queue; more than training images are stale copies"),
-    momentum_encoder=((0, 1), "momentum m of the key encoder's moving average"),
-    temperature=((1e-3, 1e3), "temperature tau of both losses; paper: 0.07"),
-    alpha=((0, 1), "weight of the anchor's own key in DSCL; paper: 0.1"),
-    pbsd_weight=((0, 1e3), "weight lambda of PBSD, 0 leaves it out; paper: 1.5"),
-)
-
-
 def parse_args():
     parser = Parser(__doc__)
     add_run_flags(parser)
@@ -438,9 +449,9 @@ def parse_args():
     losses = "dscl, or a baseline: scl weighs the own key as any other positive; ce is "
     losses += "cross-entropy; la is cross-entropy with logit adjustment"
     parser.flag("loss", "dscl", ("dscl", "scl", *CLASSIFIERS), losses)
-    parser.settings("stage1", STAGE1)
+    parser.settings("stage1", arch=ARCHS)
     parser.begin("views")
-    parser.settings("views", data.VIEWS)
+    parser.settings("views")
     args = parser.parse_args()
     if args.loss == "scl":
         args.alpha = None  # means 1 / (|P_i| + 1)
@@ -453,6 +464,16 @@ def parse_args():
         if side < least and (flag == "view" or args.patches):
             parser.error(f"--{flag}-size {side}: {args.arch} takes {least} pixels or more")
     return args
+
+
+def fit_batch(args, count):
+    """Lower a batch size above the size of the training set to the largest power of two below."""
+    if args.batch_size > count:
+        fitting = 2 ** (count.bit_length() - 1)
+        if data.RANK == 0:
+            print(f"--batch-size {args.batch_size} is lowered to {fitting}: the training set has "
+                  f"{count} images", file=sys.stderr)
+        args.batch_size = fitting
 
 
 def add_run_flags(parser):
@@ -468,4 +489,4 @@ def add_run_flags(parser):
 
 
 if __name__ == "__main__":
-    data.run(main)  # prints errors in one line
+    run(main)

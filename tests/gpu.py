@@ -47,7 +47,7 @@ train.Encoder = lambda *arguments: encoder(*arguments).train()
 os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
 join = dist.init_process_group
 dist.init_process_group = lambda backend: join("gloo")
-data.run(train.main)
+train.run(train.main)
 """
 failed = []
 
@@ -224,7 +224,7 @@ def check_resume(directory):
 def check_out_of_memory(directory):
     code = "import torch; torch.cuda.set_per_process_memory_fraction(0.02); import data, train; "
     options = "--arch resnet50 --view-size 224 --batch-size 512 --patch-size 64 --output"
-    run = begin("-c", code + "data.run(train.main)", *options.split(), directory / "full")
+    run = begin("-c", code + "train.run(train.main)", *options.split(), directory / "full")
     said = run.communicate()[0]
     lines = [line for line in said.splitlines() if "error" in line]
     passed = run.returncode == 2 and len(lines) == 1 and "out of memory" in lines[0]

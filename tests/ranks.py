@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
 import train
 
 held, moved = [], []
@@ -33,7 +32,7 @@ def shuffle(batch, images, original=train.ShuffledBatch.shuffle):
 torch.nn.BatchNorm2d.train = lambda norm, mode=True: torch.nn.Module.train(norm, False)
 train.Encoder, train.Queue = kept(train.Encoder), kept(train.Queue)
 train.ShuffledBatch.shuffle = shuffle
-data.run(train.main)
+train.run(train.main)
 output = Path(sys.argv[sys.argv.index("--output") + 1])
 content = dict(states=[part.state_dict() for part in held], moved=moved)
 torch.save(content, output / f"rank{os.environ.get('RANK', 0)}")

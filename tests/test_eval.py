@@ -11,10 +11,11 @@ from benchmark import recipe_of
 from PIL import Image
 
 import eval as stage2
-from data import BadInput, ImageArrays, evaluation_batches, load_batches
+from data import BadInput, ImageArrays, load_batches
 from eval import (
     classifier_of,
     count_right,
+    evaluation_batches,
     features_of,
     metrics,
     regression,

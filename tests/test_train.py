@@ -369,7 +369,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
     small_root, tmp_path, call, monkeypatch
 ):
     # A checkpoint at every second step, so that the kill comes amid an epoch.
-    code = "import data, train; train.LOG_EVERY = 2; data.run(train.main)"
+    code = "import train; train.LOG_EVERY = 2; train.run(train.main)"
     options = [*TINY[2:], "--epochs", 6, "--data-root", small_root, "--save-minutes", 0, "--output"]
     process = begin("-c", code, *options, tmp_path, env=os.environ, stderr=subprocess.DEVNULL)
     while not (tmp_path / "checkpoint.pth").exists() or checkpoint(tmp_path)["step"] < 4:
@@ -395,7 +395,7 @@ def test_two_processes_go_on_where_one_stopped_and_torchrun_brings_a_dead_one_ba
     with pytest.raises(ZeroDivisionError):
         call(train, *arguments)
     assert checkpoint(tmp_path)["step"] == 9
-    code = "import data, train; train.LOG_EVERY = 1; data.run(train.main)"
+    code = "import train; train.LOG_EVERY = 1; train.run(train.main)"
     command = [*LAUNCH, "--max-restarts=1", "--no-python", sys.executable, "-c", code]
     # torchrun's restarted processes otherwise find the addresses of the dead ones, as README says.
     env = ONE_THREAD | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -806,7 +806,7 @@ def fails(capsys, monkeypatch, stage, *arguments):
     """The one line that a stage prints when it refuses to run."""
     monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as error:
-        data.run(stage.main)
+        train.run(stage.main)
     captured = capsys.readouterr()
     assert error.value.code == 2 and not captured.out
     assert captured.err.count("\n") == 1 and ": error: " in captured.err
@@ -898,7 +898,7 @@ def test_an_end_that_is_no_fault_of_the_code_is_one_line(error, code, says, goes
         raise error
 
     with pytest.raises(SystemExit) as end:
-        data.run(main)
+        train.run(main)
     said = capsys.readouterr().err
     assert end.value.code == code and said.count("\n") == 1
     assert re.search(says, said)
@@ -913,7 +913,7 @@ def test_errors_of_the_code_are_shown_with_their_traceback(text):
         raise RuntimeError(text)
 
     with pytest.raises(RuntimeError, match=text):
-        data.run(main)
+        train.run(main)
 
 
 def test_under_torchrun_an_error_names_its_rank():
