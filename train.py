@@ -1,12 +1,13 @@
-"""Stage 1 of DSCL + PBSD: train the representation. Stage 2, eval.py, fits a classifier on it.
+r"""Stage 1 of DSCL + PBSD: train the representation. Stage 2, eval.py, fits a classifier on it.
 
     python train.py                                                # the default, on a laptop
     python train.py --loss scl --pbsd-weight 0                     # the SCL baseline
     torchrun --nproc_per_node=8 train.py --dataset imagenet_lt --data-root DIR       # 8 GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
         --rdzv-id=1 train.py --dataset imagenet_lt --data-root DIR     # on each of two hosts
 
-It writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl. The same command continues from them.
+It writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl. After an interruption the same command
+continues from them.
 """
 
 import contextlib
@@ -39,32 +40,41 @@ LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
 
 
 def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
-    """The method on one batch: a dict of its loss, DSCL and, if args.pbsd_weight > 0, PBSD.
+    """DSCL + PBSD on one batch: a dict of the total `loss`, of `dscl` and, with patches, of `pbsd`.
 
-    This rank has B images, all ranks together have N. `images` (uint8) is [2, B, C, H, W], two
-    random crops of each image for the two views. Of a data set held in memory it is
-    [1, B, C, H, W]: whole images, from which both views are cut here. labels is [B].
-    As in the published code the contrast set is the other queries, all keys and the queue. But
-    ours has the queries and keys of all ranks, and the published code's those of the local rank.
+    If args.alpha is None (--loss scl), `dscl` is the plain SCL.
+    This rank has B images, all ranks together have N. `images` (uint8) is [2, B, C, H, W]: two
+    random crops of each image, one for each view. If the data set is held in memory, it is
+    [1, B, C, H, W]: the whole images, from which both views are cropped here. labels is [B].
+    `batch` (ShuffledBatch) knows which images of the global batch are this rank's, and has the
+    random numbers of this step.
+    The contrast set is the other queries, all keys and the queue, as in the published code. But the
+    published code takes the queries and keys of the local rank, and we take those of all ranks.
     """
-    # The query view x_i [B, 3, V, V]; L boxes in it, B_i[j] [L, B, 4]; and the patches
-    # [L, B, 3, S, S], which are these boxes cut out before the view's colours are changed, with
-    # colour changes of their own. Boxes and patches are None if lambda (args.pbsd_weight) is 0.
-    # The key view also has B images, but other ones: they are permuted over all ranks (shuffle BN).
+    # view: the query view of x_i, [B, 3, V, V].
+    # boxes: L boxes in it, B_i[j] in the paper, [L, B, 4].
+    # patches: the view inside these boxes, before its colours are changed, [L, B, 3, S, S]. Each is
+    # flipped, changed in colour and blurred independently. Without PBSD boxes and patches are None.
     view, boxes, patches = data.query_views(images[0], batch.draws(), args)
-    key_view = data.key_view(batch.shuffle(images[-1]), batch.draws(keys=True), args)
+    # The key view is of B images as well, but of a random permutation of the images of all ranks:
+    # otherwise the BatchNorm statistics could leak which key matches a query (shuffle BN).
+    shuffled = batch.shuffle(images[-1])  # the second crops, or the whole images
+    key_view = data.key_view(shuffled, batch.draws(keys=True), args)
 
-    # Unit vectors of D numbers in float32, from each of E experts: queries z_i [E, B, D], teachers
-    # c_i[j] and students s_i[j] [E, L, B, D], and the keys z_i+ of all ranks, gathered in the order
-    # of their images [E, N, D]. No gradient flows into teachers and keys.
+    # All embeddings are float32 vectors of length 1 and D numbers, from each of the E experts:
+    # z: queries z_i [E, B, D]; c: teachers c_i[j], and s: students s_i[j], both [E, L, B, D];
+    # all_keys: keys z_i+ of all ranks in the original order [E, N, D]. Teachers and keys are
+    # constants: no gradient flows into them.
     with autocast(view.device, args.amp):
         z, c, s = model(view, boxes, patches)
         with torch.no_grad():
             moving_average(key_encoder, model, args.momentum_encoder)
-            all_keys = batch.gather_unshuffled(key_encoder(key_view)[0])
+            shuffled_keys, _, _ = key_encoder(key_view)
+            all_keys = batch.gather_unshuffled(shuffled_keys)
 
-    # Row i of queries, keys and labels belongs to the same image. Every rank computes DSCL for all
-    # N anchors, with gradient for its own queries, and PBSD for its own B images.
+    # Row i of all_queries, all_keys and all_labels belongs to image i of the global batch. Every
+    # rank computes DSCL for all N anchors, with gradient for its own queries; gather_queries scales
+    # it so that DDP's mean over ranks is the gradient of the whole loss. PBSD is of its B images.
     all_queries, all_labels = gather_queries(z, batch.rank_rows), gather(labels)
     keys, tau = all_keys[:, batch.rank_rows], args.temperature
     dscl, pbsd = [], []
@@ -74,7 +84,7 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
         dscl.append(dscl_loss(*of_batch, *of_queue, alpha=args.alpha, temperature=tau))
         if args.pbsd_weight:
             pbsd.append(pbsd_loss(c[e], s[e], keys[e], M, temperature=tau))
-    # The queue may change before backward(), which uses no tensor of it.
+    # It is safe to change the queue before backward(), which reads no tensor of the queue.
     queue.put(all_keys, all_labels)
     dscl = torch.stack(dscl).mean()
     if not pbsd:
@@ -84,10 +94,10 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
 
 
 def cross_entropy_step(model, key_encoder, queue, images, labels, batch, args, log_prior):
-    """The baselines on one batch: linear classifiers on the query view alone.
+    """The baselines ce and la on one batch: linear classifiers on the query view; no key, no queue.
 
-    log_prior [classes] is the logarithm of the class frequencies for logit adjustment, which adds
-    it to the logits in training only (Menon et al., 2021), and 0 for plain cross-entropy.
+    log_prior [classes] is added to the logits, in training only. For logit adjustment it is the
+    logarithm of the class frequencies (Menon et al., 2021), for plain cross-entropy it is 0.
     """
     view, _, _ = data.query_views(images[0], batch.draws(), args)
     with autocast(view.device, args.amp):
@@ -97,7 +107,7 @@ def cross_entropy_step(model, key_encoder, queue, images, labels, batch, args, l
 
 
 def learning_rate(step, per_epoch, args):
-    """Linear warm-up, then cosine to 0, step by step; the peak is proportional to the batch."""
+    """The rate of a step from 0 on: linear warm-up, cosine to 0. The peak grows with the batch."""
     peak = args.lr * args.batch_size / 256
     steps = args.epochs * per_epoch
     warmup = round(args.warmup * steps)
@@ -110,12 +120,12 @@ def main():
     args = parse_args()
     rank, world, device = start(args)
     sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
-    args.images = {split: len(part) for split, part in sets.items()}  # must stay, as all of args
+    args.images = {split: len(part) for split, part in sets.items()}  # resume() compares them
     train_set, path = sets["train"], args.output / "checkpoint.pth"
     fit_batch(args, len(train_set))
     saved = resume(path, STAGE, args, device)
 
-    torch.manual_seed(args.seed)  # the same weights everywhere
+    torch.manual_seed(args.seed)  # every process starts with the same weights
     counts = train_set.labels.bincount().to(device)
     classes = len(counts) if args.loss in CLASSIFIERS else None
     encoder = Encoder(args.arch, args.experts, classes)
@@ -130,15 +140,17 @@ def main():
     optimizer = torch.optim.SGD(
         encoder.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
-    # The whole state, which is saved; the random numbers of a step follow from (seed, step).
+    # All that a checkpoint holds besides the step. Random numbers follow from (seed, step).
     state = dict(encoder=encoder, key_encoder=key_encoder, queue=queue, optimizer=optimizer)
     first = saved["step"] if saved else 0
-    for name, part in state.items() if saved else ():
-        part.load_state_dict(saved.pop(name))
+    if saved:
+        for name, part in state.items():
+            part.load_state_dict(saved.pop(name))
 
     train_step, crops = dscl_pbsd_step, 2
     if classes:
-        log_prior = (counts / counts.sum()).log() * (args.loss == "la")
+        frequencies = counts / counts.sum()
+        log_prior = frequencies.log() if args.loss == "la" else torch.zeros_like(frequencies)
         train_step, crops = partial(cross_entropy_step, log_prior=log_prior), 1
     ranks = dict(seed=args.seed, start=first, rank=rank, world=world)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, **ranks)
@@ -147,19 +159,20 @@ def main():
     model = encoder
     if dist.is_initialized():
         model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
-        # Do not broadcast BatchNorm's buffers: they are averaged at every record. Set here because
-        # the argument broadcast_buffers of the constructor gives a warning since torch 2.14.
+        # Do not broadcast BatchNorm's buffers: they are averaged at every record. This is set here
+        # because since torch 2.14 the argument of the constructor gives a warning.
         model.broadcast_buffers = False
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
         print(
             f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
-            f"{steps}, {per_epoch} an epoch; {world} x {device.type}, {args.amp}", file=sys.stderr,
+            f"{steps}, {per_epoch} per epoch; {world} x {device.type}, "
+            f"{'bfloat16' if args.amp == 'bf16' else 'float32'}", file=sys.stderr,
         )
 
-    sums = since = 0  # sums of the loss and its terms, and number of steps, since the last record
+    sums = summed = 0  # sums of the loss and its terms since the last record, and of how many steps
     logged_at = saved_at = time.monotonic()
-    for step, (images, labels) in enumerate(loader, first + 1):
+    for step, (images, labels) in enumerate(loader, first + 1):  # step - 1 are done
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, per_epoch, args)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         batch = ShuffledBatch(args, step - 1, batches.rows, device)
@@ -167,33 +180,29 @@ def main():
         values["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-        sums, since = sums + torch.stack(list(values.values())).detach(), since + 1
-        if step % per_epoch % LOG_EVERY:  # 0 at the end of an epoch as well
+        sums, summed = sums + torch.stack(list(values.values())).detach(), summed + 1
+        if step % per_epoch % LOG_EVERY:  # the last step of an epoch has remainder 0, too
             continue
 
-        # Rank 0's clock tells all processes when to save.
-        minutes = (time.monotonic() - saved_at) / 60
-        gathered = gather(torch.cat([sums / since, sums.new_tensor([minutes])])[None])
-        means, minutes = gathered[:, :-1].mean(0), gathered[0, -1].item()
+        means = gather((sums / summed)[None]).mean(0)
         check_finite([means, *encoder.parameters()], step, lr)
         average_statistics(encoder)
-        due = min(1, args.save_minutes) if step % per_epoch == 0 else args.save_minutes
-        saving = step == steps or minutes >= due
         if rank == 0:
-            seconds, logged_at = time.monotonic() - logged_at, time.monotonic()
-            rate = round(since * args.batch_size / seconds, 1)
+            now = time.monotonic()
+            rate, logged_at = round(summed * args.batch_size / (now - logged_at), 1), now
             record = dict(epoch=math.ceil(step / per_epoch), step=step)
             record |= dict(zip(values, means.tolist()), lr=lr, images_per_second=rate)
             print(json.dumps(record), file=log)
             terms = "  ".join(f"{name} {record[name]:.4g}" for name in values)
             epoch = f"epoch {step / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
             progress.show(step, f"{epoch}  {terms}  {rate:.0f} images/s")
-            if saving:
-                os.fsync(log.fileno())  # the log is never behind the checkpoint
+            due = min(1, args.save_minutes) if step % per_epoch == 0 else args.save_minutes
+            if step == steps or now - saved_at >= 60 * due:
+                os.fsync(log.fileno())  # on disk first: it has every record up to the checkpoint
                 parts = {name: part.state_dict() for name, part in state.items()}
                 save(path, dict(stage=STAGE, args=to_json(args), step=step, **parts))
                 logged_at = saved_at = time.monotonic()
-        sums = since = 0
+        sums = summed = 0
     if rank == 0:
         print(f"done: {path}; stage 2: python eval.py --output {args.output}", file=sys.stderr)
 
