@@ -42,14 +42,14 @@ except ImportError:
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = "fashion_mnist_lt"
-RATIO = (3 / 4, 4 / 3)  # of the sides of all crops
-RANK = int(os.environ.get("RANK", 0))  # of this process, as torchrun sets it
+RATIO = (3 / 4, 4 / 3)  # range of the aspect ratio of all crops
+RANK = int(os.environ.get("RANK", 0))  # rank of this process, set by torchrun
 
 # ------------------------------------------------------------------------------------ settings
 
-# Every setting of the method is a flag. Here are its value for photographs, which is the paper's
-# for ImageNet-LT or, where the paper does not say, that of its published code; its limits or
-# choices; and its meaning. DATASETS below has the values that other data sets change.
+# Every setting of the method is a flag. Each entry has its value for photographs, its limits or
+# choices, and its meaning. The values are the paper's for ImageNet-LT, or its published code's
+# where the paper gives none. DATASETS below has the values that differ for other data sets.
 SETTINGS = dict(
     views=dict(
         mean=((0.485, 0.456, 0.406), (0, 1), "mean of red, green and blue, from 0 to 1"),
@@ -81,37 +81,37 @@ SETTINGS = dict(
             "peak learning rate for 256 images a step; scaled for other batch sizes"),
         weight_decay=(5e-4, (0, 1), "weight decay of SGD"),
         queue_size=(65536, (0, 1e7),
-                    "keys K in the queue; more than training images are stale copies"),
+                    "keys K in the queue; keys beyond one per training image are stale copies"),
         momentum_encoder=(0.999, (0, 1), "momentum m of the key encoder's moving average"),
         temperature=(0.07, (1e-3, 1e3), "temperature tau of both losses; paper: 0.07"),
         alpha=(0.1, (0, 1), "weight of the anchor's own key in DSCL; paper: 0.1"),
-        pbsd_weight=(1.5, (0, 1e3), "weight lambda of PBSD, 0 leaves it out; paper: 1.5"),
+        pbsd_weight=(1.5, (0, 1e3), "weight lambda of PBSD; 0 turns it off; paper: 1.5"),
     ),
     stage2=dict(
         classifier=("balanced", ("adjusted", "balanced"),
-                    "adjusted: logistic regression with logit adjustment, without learning rate; "
+                    "adjusted: logistic regression with logit adjustment, no learning rate; "
                     "balanced: SGD with class-balanced sampling, as in the paper"),
         penalty=((3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1), (0, 1e6),
-                 "penalty of the squared weights, for --classifier adjusted; of several the best "
-                 "on val is taken, without val the first. All flags below are for --classifier "
+                 "penalty on the squared weights, for --classifier adjusted; val chooses one of "
+                 "several, without val the first is used. All flags below are for --classifier "
                  "balanced", "any number"),
         epochs=(40, (0, 1e6),
-                "passes over the training set; 0 reports the classifier of --loss ce or la"),
+                "passes over the training set; 0 evaluates the classifier of --loss ce or la"),
         batch_size=(2048, (1, 1e6), "images in a step, over all processes"),
         lr=(10.0, (1e-8, 1e4), "learning rate of SGD, not scaled with the batch size"),
         weight_decay=(0.0, (0, 1), "weight decay of SGD"),
         milestones=((0.5, 0.75), (0, 1),
                     "fractions of the run after which the learning rate falls to a tenth"),
         augment=(True, None,
-                 "train on crops and colours as stage 1's query views, not on whole images"),
+                 "train on random views like stage 1's query views, not on whole images"),
         bn=("train", ("train", "eval"),
-            "statistics of the backbone's BatchNorm: the batch's, or stage 1's"),
+            "BatchNorm statistics of the backbone; train: the batch's, eval: stage 1's"),
     ),
 )
 
 
 def derive(base, **changes):
-    """A data set's entry with changes, which are merged into the nested dicts of `base`."""
+    """A copy of the entry `base` with changes; changes in nested dicts are merged."""
     return base | {k: base.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()}
 
 
@@ -185,7 +185,7 @@ DATASETS = {
             epochs=30, warmup=0.0667, lr=0.05, queue_size=32768,
         ),
     ),
-    # Half the epochs for four times the images. The settings are ours and not tuned.
+    # Half the epochs of ImageNet-LT for four times the images. Settings are ours and not tuned.
     "inaturalist18": derive(
         PHOTOGRAPHS,
         source="index", index=("iNaturalist18_{}.txt", "{}2018.json"),
@@ -193,8 +193,9 @@ DATASETS = {
         published=dict(train=437513, val=24426),  # there is no test split
         stage1=dict(epochs=100),
     ),
-    # Your own images, DATA_ROOT/<class>/* or DATA_ROOT/{train,val,test}/<class>/*: a few thousand
-    # photographs here, images of 32 to 64 pixels below. Ours and not tuned; see README for more.
+    # Your own images in DATA_ROOT/<class>/ or DATA_ROOT/{train,val,test}/<class>/. These settings
+    # are for a few thousand photographs, those of small_imagefolder for images of 32 to 64 pixels.
+    # Both are ours and not tuned; see the README for more.
     "imagefolder": derive(
         PHOTOGRAPHS, source="folder",
         stage1=dict(
@@ -207,12 +208,12 @@ DATASETS = {
 }
 
 def in_memory(name):
-    """Whether a data set is held in memory, and cut on the device."""
+    """Whether a data set is held in memory and cropped on the device."""
     return DATASETS[name]["source"] in ("npz", "cifar")
 
 
 class BadInput(Exception):
-    """Something the user gave cannot be used; the message says what and how to fix it."""
+    """The user's input cannot be used; the message names it and says how to fix it."""
 
 
 # ----------------------------------------------------------------------------- views and patches
@@ -220,7 +221,7 @@ class BadInput(Exception):
 
 @lru_cache
 def constant(values, device):
-    """A tensor of a tuple of numbers, kept: copying it to a GPU each time would make it wait."""
+    """A cached tensor of a tuple of numbers; copying it at every call would make the GPU wait."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
@@ -245,9 +246,9 @@ class Draws:
 def random_boxes(draws, size, scale, copies=1, tries=10):
     """Boxes of random resized crops in a square of `size` pixels: [N, 4] as x1, y1, x2, y2.
 
-    As torchvision's RandomResizedCrop, but not rounded to pixels: a uniform area, as a fraction of
-    the square in the range `scale`, and a uniform log aspect ratio; the first of `tries` that fits
-    into the square, else the whole square; a uniform position.
+    Like torchvision's RandomResizedCrop, but not rounded to pixels. The area is uniform in the
+    range `scale`, as a fraction of the square, and the log aspect ratio is uniform. The first of
+    `tries` boxes that fits into the square is used, else the whole square; the position is uniform.
     """
     area = size**2 * draws.uniform(*scale, tries, copies=copies)  # [N, tries]
     aspect = draws.uniform(*np.log(RATIO), tries, copies=copies).exp()
@@ -262,8 +263,8 @@ def random_boxes(draws, size, scale, copies=1, tries=10):
 def crop(images, boxes, size):
     """Crop images [B, C, H, W] to boxes [n B, 4] and resize: [n B, C, size, size].
 
-    Box i is of image i mod B, in pixels. RoIAlign crops and resizes all of them in one call:
-    bilinear, and with averaging where it shrinks.
+    Box i, in pixels, belongs to image i mod B. RoIAlign crops and resizes all boxes in one call:
+    it interpolates bilinearly, and averages where it shrinks.
     """
     rows = torch.arange(len(images), device=boxes.device, dtype=boxes.dtype)
     rows = rows.repeat(len(boxes) // len(images))
@@ -278,7 +279,7 @@ def random_flip(images, draws, copies=1):
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
-# A change of hue rotates I and Q by an angle; in RGB that is HUE[0] + cos HUE[1] + sin HUE[2].
+# A hue change rotates I and Q by an angle a: in RGB, HUE[0] + cos(a) HUE[1] + sin(a) HUE[2].
 TURN = np.array([np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1], [0, 1, 0]]])
 HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
 
@@ -312,7 +313,7 @@ def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0, copie
 
 def color_transform(images, matrices):
     """Apply color_matrices to float images [B, 1 or 3, H, W] in [0, 1]; returns [B, 3, H, W]."""
-    pixels = images.expand(-1, 3, -1, -1).flatten(2).contiguous()  # else baddbmm is 10x as slow
+    pixels = images.expand(-1, 3, -1, -1).flatten(2).contiguous()  # else baddbmm is 10x slower
     changed = torch.baddbmm(matrices[:, :, 3:], matrices[:, :, :3], pixels)
     return changed.clamp_(0, 1).view(len(images), 3, *images.shape[2:])
 
@@ -355,9 +356,9 @@ def photometric(images, draws, cfg, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0
 
 
 def random_view(images, draws, cfg):
-    """A random flip of uint8 crops [B, C, V, V]: float [B, C, V, V] in [0, 1].
+    """Randomly flip uint8 crops [B, C, V, V]; returns float [B, C, V, V] in [0, 1].
 
-    Of a data set held in memory the images are whole, and are cropped here.
+    For a data set held in memory the images are whole images, which are cropped here first.
     """
     images = images.float() / 255
     if in_memory(cfg.dataset):
@@ -367,16 +368,16 @@ def random_view(images, draws, cfg):
 
 
 def evaluation_view(images, cfg):
-    """What evaluation sees of uint8 images [1, B, C, H, W]: normalised, [B, 3, H, W]."""
+    """Normalise uint8 images [1, B, C, H, W] for evaluation: [B, 3, H, W]."""
     return normalize(images[0].float() / 255, cfg)
 
 
 def query_views(images, draws, cfg):
-    """What the trained encoder sees of uint8 crops [B, C, V, V], or of whole images.
+    """Query view, boxes and patches, made from uint8 crops [B, C, V, V] or whole images.
 
-    The query view [B, 3, V, V], L = cfg.patches boxes an image [L, B, 4] in its pixels, drawn
-    after its crop and flip, and these regions before its colour changes as patches
-    [L, B, 3, S, S]; None and None without patches.
+    Returns the query view [B, 3, V, V]; L = cfg.patches boxes for each image, [L, B, 4] in pixels
+    of the cropped and flipped view; and the patches [L, B, 3, S, S], which are cut out at the boxes
+    before the view's colours are changed. Boxes and patches are None if L is 0.
     """
     view, count = random_view(images, draws, cfg), cfg.patches
     changes = cfg.query_jitter, cfg.query_jitter_p, cfg.grey_p, cfg.blur_p
@@ -391,7 +392,7 @@ def query_views(images, draws, cfg):
 
 
 def key_view(images, draws, cfg):
-    """What the key encoder sees of uint8 crops [B, C, V, V], or of whole images."""
+    """The key view [B, 3, V, V], made from uint8 crops [B, C, V, V] or whole images."""
     return photometric(random_view(images, draws, cfg), draws, cfg, cfg.key_jitter)
 
 
@@ -399,21 +400,21 @@ def key_view(images, draws, cfg):
 
 
 def long_tailed_counts(largest, classes, factor):
-    """Images of each class, int(largest * factor^(c / (classes - 1))); factor is min/max."""
+    """Images in class c: int(largest * factor^(c / (classes - 1))), factor = smallest / largest."""
     return [int(largest * factor ** (c / (classes - 1))) for c in range(classes)]
 
 
 def shuffled_by_class(labels, classes):
     """The indices of each class, shuffled; the first n_c of them are its long-tailed subset.
 
-    Class by class with numpy's legacy generator and seed 0, as in most papers on CIFAR-LT.
+    One class after the other, by numpy's legacy generator with seed 0, as most CIFAR-LT papers do.
     """
     random, labels = np.random.RandomState(0), np.asarray(labels)
     return [random.permutation(np.flatnonzero(labels == label)) for label in range(classes)]
 
 
 def shot_groups(counts):
-    """Masks [classes] by training images [classes]: many > 100, medium 20 to 100, few < 20."""
+    """Masks [classes] of many- (> 100 images), medium- (20 to 100) and few-shot classes (< 20)."""
     counts = torch.as_tensor(counts)
     return {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
 
@@ -422,7 +423,7 @@ def shot_groups(counts):
 
 
 class ImageArrays:
-    """Images in memory: images uint8 [N, C, H, W], labels int64 [N] and, maybe, class names."""
+    """Images in memory: uint8 [N, C, H, W], labels int64 [N], and class names or None."""
 
     def __init__(self, images, labels, origin, names=None):
         self.images, self.labels, self.origin, self.names = images, labels, origin, names
@@ -436,9 +437,9 @@ class ImageArrays:
 
 
 class ImageFiles(ImageArrays):
-    """Images on disk: their paths below root, labels int64 [N] and, maybe, class names.
+    """Images on disk: their paths below root, labels int64 [N], and class names or None.
 
-    `layout` says in words where the files were found, if not where their index says.
+    `layout` describes where the files were found, if that is not where their index says.
     """
 
     def __init__(self, root, paths, labels, origin, names=None, layout=""):
@@ -450,9 +451,9 @@ class ImageFiles(ImageArrays):
         return self.root / os.fsdecode(self.paths[index])
 
     def views(self, indices, seeds, cfg, crops):
-        """`crops` random crops of each image, uint8 [crops, B, 3, V, V]; if 0, its centre.
+        """`crops` random crops of each image, uint8 [crops, B, 3, V, V]; if 0, its central crop.
 
-        The random crops follow from seeds [B]. BadInput names a file that cannot be read.
+        The random crops depend only on seeds [B]. BadInput names a file that cannot be read.
         """
         views = []
         for place, index in enumerate(indices):
@@ -463,7 +464,7 @@ class ImageFiles(ImageArrays):
                     views += random_crops(image, cfg.crop_scale, cfg.view_size, crops)
                 else:
                     views.append(central_crop(image, cfg.view_size))
-        # In a worker this collates into shared memory. Channels last, as images are decoded.
+        # In a worker, default_collate writes to shared memory; channels last, like decoded images.
         views = default_collate([view.permute(1, 2, 0) for view in views])
         return views.unflatten(0, (len(indices), -1)).permute(1, 0, 4, 2, 3)
 
@@ -474,7 +475,7 @@ def open_image(path):
     try:
         with Image.open(path) as image:
             yield image
-    except Exception as error:  # Pillow raises many kinds on broken files
+    except Exception as error:  # Pillow raises many kinds of errors on broken files
         reason = getattr(error, "strerror", None) or error
         raise BadInput(
             f"{path} cannot be read as an image ({reason}): fix or replace the file, then run the "
@@ -485,8 +486,8 @@ def open_image(path):
 def decode(image, max_downscale=1.0):
     """An open image as uint8 [3, H, W]; grey, CMYK, palette and alpha become RGB.
 
-    16-bit grey is read as value // 256, as image viewers show it; 32-bit pixels are a ValueError.
-    A JPEG is decoded at a half, a quarter or an eighth of its size, but never smaller than by the
+    16-bit grey is read as value // 256, as image viewers show it; 32-bit pixels raise ValueError.
+    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but is never reduced by more than the
     factor `max_downscale`, so that the resize that follows still shrinks it.
     """
     # 16-bit grey has mode "I;16", or "I" as read by some versions of Pillow from formats whose
@@ -494,7 +495,7 @@ def decode(image, max_downscale=1.0):
     if image.mode[:4] == "I;16" or image.mode == "I" and image.format in ("PNG", "PPM"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     elif image.mode[0] in "IF":
-        raise ValueError("its pixels have 32 bits; images have 8, or 16 if they are grey")
+        raise ValueError("its pixels have 32 bits; 8 are supported, or 16 in grey images")
     if max_downscale >= 2:
         image.draft("RGB", [side // int(max_downscale) for side in image.size])
     elif decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
@@ -514,7 +515,7 @@ def random_crops(image, scale, size, count):
     for box in boxes:
         top, left, height, width = (round(side * shrunk) for side in box)
         region = pixels[None, :, top : top + height, left : left + width]
-        # From a slice the resize makes a contiguous copy of its own, at twice the time of this.
+        # Given a slice, resize would make a contiguous copy itself, which takes twice as long.
         region = region.contiguous(memory_format=torch.channels_last)
         views.append(resize(region, [size, size], antialias=True)[0])
     return views
@@ -526,7 +527,7 @@ def shorter_side(size):
 
 
 def central_crop(image, size):
-    """What evaluation sees of an open image: its shorter side resized, and the centre cropped."""
+    """Resize the shorter side of an open image and crop its centre, for evaluation."""
     shorter = shorter_side(size)
     pixels = decode(image, min(image.size) / shorter)
     return center_crop(resize(pixels, [shorter], antialias=True), [size, size])
@@ -538,9 +539,9 @@ def central_crop(image, size):
 def load_dataset(name, root=None, index_dir=None, imbalance=100.0, download=False, checking=False):
     """A data set's splits, {"train": ImageArrays or ImageFiles, "val": ..., "test": ...}.
 
-    CIFAR-LT has no val and takes `imbalance`, iNaturalist has no test. In val and test classes may
-    be missing. BadInput if a file is missing or broken, or a class has no training image; with
-    `checking` image files may be missing.
+    CIFAR-LT has no val and takes `imbalance`; iNaturalist has no test. Classes may be missing in
+    val and test. Raises BadInput if a file is missing or broken, or if a class has no training
+    image; with `checking`, image files may be missing.
     """
     recipe = DATASETS[name]
     root = root or recipe.get("root")
@@ -566,12 +567,12 @@ def load_dataset(name, root=None, index_dir=None, imbalance=100.0, download=Fals
         )
     if len(counts) < 2:
         only = f", {sets['train'].names[0]}" if sets["train"].names else ""
-        raise BadInput(f"{sets['train'].origin}: only one class{only}; it needs at least two")
+        raise BadInput(f"{sets['train'].origin}: only one class{only}; at least two are needed")
     for part in sets.values():
         if not (checking or in_memory(name) or part.path(0).is_file()):
             raise BadInput(
                 f"{part.path(0)} not found, the first image of {part.origin}: --data-root must be "
-                "the directory that its paths start from; data.py counts what is missing"
+                "the directory to which its paths are relative; data.py counts missing images"
             )
     return sets
 
@@ -598,8 +599,8 @@ def read_cifar(files, root, imbalance, download):
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(
-            f"{root} holds no complete {files.base_folder} ({reason}): the same data.py command "
-            f"with --download fetches it from {files.url}"
+            f"{root} has no complete {files.base_folder} ({reason}): data.py with "
+            f"--download fetches it from {files.url}"
         ) from None
     classes = len(train.classes)
     counts = long_tailed_counts(len(train) // classes, classes, 1 / imbalance)
@@ -615,16 +616,16 @@ def read_cifar(files, root, imbalance, download):
 
 
 def read_index(recipe, split, root, directory, classes=None):
-    """A split from its index file: lines "relative/path label", or JSON as read_json takes it.
+    """A split from its index file: lines "relative/path label", or JSON as read_json reads it.
 
-    `classes` bounds the labels; the training set's are bounded by its number of lines.
+    Labels must be below `classes` or, in the training set, below the number of lines.
     """
     candidates = [directory / name.format(split) for name in recipe["index"]]
     path = next(filter(Path.is_file, candidates), None)
     if path is None:
         raise BadInput(
             f"{candidates[0]} not found: --index-dir must be the directory of the index files. Get "
-            "them by git clone https://github.com/facebookresearch/classifier-balancing, then "
+            "them by git clone https://github.com/facebookresearch/classifier-balancing and use "
             f"--index-dir classifier-balancing/data/{recipe['index_folder']}"
         )
     if path.suffix == ".json":
@@ -651,7 +652,7 @@ def read_index(recipe, split, root, directory, classes=None):
         raise BadInput(f"{path} is empty")
 
     # ImageNet's val archive has no class folders: "val/n01440764/x" of the index is "val/x" there.
-    # The first images decide for the whole split.
+    # The first ten images show which layout the split has.
     def flat(name):
         return name.partition(b"/")[0] + b"/" + name.rpartition(b"/")[2]
 
@@ -669,7 +670,7 @@ def read_json(path):
     try:
         content = json.loads(path.read_bytes())
         entries = content["annotations"]
-        if "images" in content:  # iNaturalist's: path and label stand in different lists
+        if "images" in content:  # iNaturalist has paths and labels in two lists
             label_of = {entry["image_id"]: entry["category_id"] for entry in entries}
             images = content["images"]
             entries = [dict(fpath=i["file_name"], category_id=label_of[i["id"]]) for i in images]
@@ -677,7 +678,7 @@ def read_json(path):
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BadInput(
-            f"{path} is not iNaturalist's annotations nor the published DSCL index ({reason})"
+            f"{path} is not an iNaturalist annotation file or the published DSCL index ({reason})"
         ) from None
 
 
@@ -693,23 +694,23 @@ def find_images(folder, classes=("",)):
 
 
 def read_classes(place, root):
-    """(path below root, class name) of every image in place/<class>/; says what it leaves out."""
+    """(path below root, class name) of every image in place/<class>/; prints what it skips."""
     folders = sorted(path.name for path in place.glob("[!.]*") if path.is_dir())
     found = find_images(place, folders) if folders else []
     left_out = sum(len(files) for _, _, files in os.walk(place, followlinks=True)) - len(found)
     if left_out and RANK == 0:
         kinds = " ".join(IMG_EXTENSIONS)
         print(
-            f"{place}: {left_out} files are left out; images are {kinds} in class folders",
+            f"{place}: {left_out} files are left out; only {kinds} in class folders are read",
             file=sys.stderr,
         )
     return [(os.fsencode(os.path.relpath(path, root)), name) for path, name in found]
 
 
 def read_folders(root):
-    """The splits of root/{train,val,test}/<class>/*, or of root/<class>/*, which is all train.
+    """The splits of root/{train,val,test}/<class>/*, or of root/<class>/*, read as train.
 
-    val and test are held out of train where they have no images. Classes are those of train.
+    If val or test has no images, some are held out of train for it. Train defines the classes.
     """
     there = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     places = {
@@ -736,7 +737,7 @@ def read_folders(root):
         samples[split] = [sample for sample, of in zip(train, splits) if of == split]
     if not (samples["val"] or samples["test"]):
         raise BadInput(
-            f"{places['train']}: no class has the three images of which one can be held out for "
+            f"{places['train']}: no class has the three images needed to hold one out for "
             f"testing; put images of some classes into {root}/test/<class>/"
         )
     return {
@@ -752,8 +753,8 @@ def read_folders(root):
 def hold_out(paths, labels, missing):
     """The split of every training image, after holding images out for the `missing` splits.
 
-    A hash of its path decides about an image, so that neither the seed nor other images matter.
-    But every split gets an image of each class of three or more, and none of a smaller class.
+    A hash of the image's path decides, so that neither the seed nor other images matter. But each
+    missing split gets an image of every class of three or more, and none of a smaller class.
     """
     digests = [sha256(path).digest() for path in paths]
     splits, rows_of = ["train"] * len(paths), {}
@@ -779,19 +780,19 @@ def seed_from(*numbers):
 
 
 class Batches:
-    """The batches of a whole run: (indices, seeds of their random crops) of each step.
+    """The batches of a whole run: (indices, seeds of their random crops) for each step.
 
-    Epochs are shuffled, without replacement, and images that fill no batch are left out; or, with
-    `balanced`, sampling is class-balanced: a class is drawn uniformly, then an image of it. Each
-    step follows from (seed, step), so that a run can continue anywhere. Every rank gets its rows
-    of the global batch.
+    Each epoch shuffles all images and drops the last incomplete batch. With `balanced`, sampling is
+    class-balanced instead: a class is drawn uniformly, then an image of this class. A batch depends
+    only on (seed, step), so that a run can continue at any step. Every rank gets its rows of the
+    global batch.
     """
 
     def __init__(self, labels, batch_size, epochs, seed, balanced=False, start=0, rank=0, world=1):
         if batch_size > len(labels) or batch_size % world:
             raise BadInput(
-                f"--batch-size {batch_size} must divide among {world} processes and be at most the "
-                f"{len(labels)} training images"
+                f"--batch-size {batch_size} must be a multiple of {world} (processes) and at most "
+                f"{len(labels)} (training images)"
             )
         self.labels, self.batch_size, self.seed, self.balanced = labels, batch_size, seed, balanced
         self.per_epoch = len(labels) // batch_size
@@ -815,7 +816,7 @@ class Batches:
                     random = torch.Generator().manual_seed(seed_from(self.seed, epoch))
                     order = torch.randperm(len(self.labels), generator=random)
                 batch = order[position * self.batch_size :][: self.batch_size]
-            # An image's crops are the same with any number of processes.
+            # The crops of an image do not depend on the number of processes.
             seeds = np.random.SeedSequence((self.seed, step), spawn_key=(1,))
             seeds = seeds.generate_state(self.batch_size, np.uint64) >> np.uint64(1)
             yield batch[self.rows].tolist(), seeds[self.rows].tolist()
@@ -837,7 +838,7 @@ def load_batches(dataset, batches, cfg, crops, workers, device, kind=BatchDatase
     """A loader of (images uint8 [1 or 2, B, C, H, W], labels [B]).
 
     `batches` are Batches or evaluation_batches; `crops` is the number of random crops of an image,
-    0 for the whole image as evaluation sees it. A subclass of BatchDataset as `kind` may return
+    or 0 for the image as evaluation sees it. `kind` may be a subclass of BatchDataset that returns
     something else.
     """
     return DataLoader(
@@ -857,7 +858,7 @@ def bounded(kind, low, high):
             raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text}")
         return kind(text)
 
-    parse.__name__ = kind.__name__  # what argparse calls text that is none
+    parse.__name__ = kind.__name__  # argparse shows this name in its error
     return parse
 
 
@@ -871,10 +872,10 @@ def cores():
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of a command on a data set; an error is a BadInput.
+    """The argument parser of a command on a data set; errors raise BadInput.
 
-    --dataset is read first, since the other flags have that data set's defaults. `chosen_by` says
-    in --help which arguments choose the defaults that it shows.
+    --dataset is read first, since it sets the defaults of the other flags. `chosen_by` is shown in
+    --help: the arguments that choose which defaults are listed.
     """
 
     def __init__(self, description, dataset=DEFAULT, chosen_by="--dataset NAME"):
@@ -888,19 +889,19 @@ class Parser(argparse.ArgumentParser):
         self.dataset = self.parse_known_args()[0].dataset
         self.recipe = DATASETS[self.dataset]
         self.path("data-root", "DIR", "directory of the images")
-        self.path("index-dir", "DIR", "directory of the index files (default: that of the images)")
+        self.path("index-dir", "DIR", "directory of the index files (default: --data-root)")
         text = "size of the largest class divided by that of the smallest: 10, 50 or 100"
         self.flag("imbalance", self.recipe.get("imbalance"), (1, 1e4), text)
 
     def begin(self, title):
-        """The flags that follow stand under this title in --help."""
+        """Group the flags that follow under this title in --help."""
         self.group = self.add_argument_group(title)
 
     def flag(self, name, default, limits, text, any_number=False, shown=None):
-        """A flag of its default's type within limits: the smallest and largest, or the choices.
+        """Add a flag of its default's type; limits are the smallest and largest value, or choices.
 
-        If the default is a tuple, it takes as many values, or any number. If the default is None,
-        the flag does not apply to this data set and is not shown; it takes a float.
+        If the default is a tuple, the flag takes as many values, or any number if `any_number`. If
+        it is None, the flag does not apply to this data set and is hidden; it takes a float.
         """
         values = default if isinstance(default, tuple) else (default,)
         options = dict(default=default, metavar="X", help=argparse.SUPPRESS)
@@ -926,15 +927,15 @@ class Parser(argparse.ArgumentParser):
         self.group.add_argument(f"--{name}", action="store_true", help=text)
 
     def settings(self, group, **choices):
-        """Every setting of a group of SETTINGS as a flag; `choices` of a setting stand in."""
+        """Add a flag for every setting of a group of SETTINGS; `choices` replace its limits."""
         for name, (_, limits, text, *any_number) in SETTINGS[group].items():
             default = self.recipe[group][name]
             self.flag(name, default, choices.get(name, limits), text, any_number)
 
     def run_flags(self):
         """The flags that every command has, whatever it computes."""
-        text = "processes that decode images, for each GPU"
-        rule = "one for each core but one, at most 8; 0 for data sets held in memory"
+        text = "worker processes that decode images, per GPU"
+        rule = "cores per process - 1, at most 8; 0 for data sets held in memory"
         default = 0 if in_memory(self.dataset) else cores()
         self.flag("workers", default, (0, 512), text, shown=rule)
         self.flag("seed", 0, (0, 2**63 - 1), "seed of all random numbers")
@@ -945,7 +946,7 @@ class Parser(argparse.ArgumentParser):
         for name in ("crop-scale", "patch-scale"):
             smallest, largest = getattr(args, name.replace("-", "_"), (0, 1))
             if smallest > largest:
-                self.error(f"--{name}: the smallest comes first")
+                self.error(f"--{name}: the smaller value must come first")
         for name in ("imbalance", "download"):
             if getattr(args, name, None) and self.recipe["source"] != "cifar":
                 takers = " and ".join(n for n in DATASETS if DATASETS[n]["source"] == "cifar")
@@ -960,7 +961,7 @@ CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # clears a live line
 
 
 class Progress:
-    """One line, the time that is left first: live on a terminal, elsewhere every ten seconds."""
+    """A line that starts with the remaining time: live on a terminal, else every ten seconds."""
 
     def __init__(self, steps, done=0):
         self.steps, self.first, self.began, self.shown = steps, done, time.monotonic(), -math.inf
@@ -975,14 +976,14 @@ class Progress:
             print(CLEAR + line, end="" if CLEAR and not last else "\n", file=sys.stderr, flush=True)
 
 
-AGAIN = "the same command goes on from the last checkpoint, or starts again if there is none"
+AGAIN = "the same command continues from the last checkpoint, or starts over if there is none"
 
 
 def run(main, explain=lambda error: (1, None)):
-    """Call main(); print errors that are no fault of the code as one line.
+    """Call main(); print errors that are not bugs in the code as one line.
 
-    The exit code is 2 if the user can fix it and 130 after Ctrl-C. `explain` returns code and
-    message of a RuntimeError, or no message if it is a fault of the code.
+    The exit code is 2 if the user can fix the error, and 130 after Ctrl-C. `explain` returns exit
+    code and message for a RuntimeError, or no message if it is a bug.
     """
     try:
         main()
@@ -1010,7 +1011,7 @@ def run(main, explain=lambda error: (1, None)):
 
 
 def problem_of(path, decoding):
-    """What is wrong with a file: "missing", why it cannot be decoded if that is asked, or None."""
+    """The problem of a file: "missing", why it cannot be decoded (if `decoding`), or None."""
     if not path.is_file():
         return "missing"
     try:
@@ -1022,7 +1023,7 @@ def problem_of(path, decoding):
 
 
 def check(sets, args):
-    """Print what every split holds; returns what is missing and other problems, as messages."""
+    """Print the counts of every split; returns the missing files and messages on other problems."""
     published, problems = DATASETS[args.dataset].get("published", {}), []
     classes = len(sets["train"].labels.bincount())
     for split, dataset in sets.items():
@@ -1038,8 +1039,8 @@ def check(sets, args):
         layout = getattr(dataset, "layout", "")
         print(line + (f"; {layout}" if layout else ""))
         if published.get(split, len(dataset)) != len(dataset):
-            expected = f"{published[split]:,} published"
-            problems.append(f"{dataset.origin}: {len(dataset):,} images, {expected}")
+            expected = f"instead of the published {published[split]:,}"
+            problems.append(f"{dataset.origin}: {len(dataset):,} images {expected}")
     if in_memory(args.dataset):
         return [], problems
 
@@ -1088,9 +1089,9 @@ def draw_views(path, dataset, args, count=6):
 def main():
     parser = Parser(__doc__)
     parser.begin("check")
-    parser.switch("decode", "decode every image as well")
+    parser.switch("decode", "also decode every image")
     parser.switch("download", "download CIFAR into --data-root")
-    parser.path("views", "FILE", "draw what the networks see into this PNG file, and check nothing")
+    parser.path("views", "FILE", "draw the networks' views to this PNG file instead of checking")
     parser.run_flags()
     parser.begin("views")
     parser.settings("views")

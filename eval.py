@@ -3,9 +3,9 @@
     python eval.py                                                 # after python train.py
     python eval.py --output runs/mine                              # any run of train.py
     torchrun --nproc_per_node=8 eval.py --output runs/imagenet_lt  # several GPUs
-    python eval.py --knn                                           # also while stage 1 trains
+    python eval.py --knn                                           # kNN, also during stage 1
     python eval.py --output RUN --predict FILES AND FOLDERS        # a JSON line for each image
-    python eval.py --plots plots --export model.pth                # plots, torchvision's weights
+    python eval.py --plots plots --export model.pth                # plots; weights for torchvision
     python eval.py --summary runs/*                                # mean and std over seeds
 
 The classifier is chosen on val and reported on test, by many-, medium- and few-shot classes.
@@ -62,7 +62,7 @@ from train import (
 STAGE = "stage 2 of DSCL + PBSD"
 STAGE2 = data.SETTINGS["stage2"].keys()
 RESULT = "the classifier of DSCL + PBSD"
-MAX_CONFUSION_CLASSES = 1000  # its table of confusions is square: 8 MB for 1000 classes
+MAX_CONFUSION_CLASSES = 1000  # the confusion table is square: 8 MB for 1000 classes
 
 
 def main():
@@ -72,7 +72,7 @@ def main():
     if args.predict:
         return predict(args, saved)
     if "images" not in saved["args"]:
-        raise BadInput(f"{args.checkpoint} is of an earlier version of this code: train again")
+        raise BadInput(f"{args.checkpoint} is from an earlier version of this code: train again")
     rank, world, device = processes = train.start(args)
     args.stage1 = saved["args"] | dict(step=saved["step"])
     cfg = argparse.Namespace(**saved["args"])
@@ -80,10 +80,10 @@ def main():
     sizes = {split: len(part) for split, part in sets.items()}
     if sizes != cfg.images:
         raise BadInput(
-            f"{args.checkpoint} was trained with {cfg.images} images, these are {sizes}: test "
-            "images could be among those that it was trained on"
+            f"{args.checkpoint} was trained with {cfg.images} images, these are {sizes}: some "
+            "test images could have been used for training"
         )
-    cfg.patches = 0  # stage 2 needs none
+    cfg.patches = 0  # stage 2 uses no patches
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
     if args.classifier == "balanced":
@@ -129,7 +129,7 @@ def main():
     save(args.output / "model.pth", model)
     print(table(results, counts))
     if len(experts) > 1:
-        print("its experts alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
+        print("each expert alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
     for line in worst_confusions(taken_for, names) if taken_for is not None else ():
         print(line)
     what = dict(
@@ -154,14 +154,14 @@ def fit_classifier(encoder, train_set, val_set, args, cfg, processes):
 
     In training the logarithm of the class frequencies is added to the logits. That corrects for
     the imbalance, as class-balanced sampling does in the paper; `regression` has the equation.
-    Features are standardised by mean and deviation of the training set, and weight and bias are
-    changed in the end so that they apply to the features as they are. Every expert has a problem
-    of its own. Of args.penalty the one with the best class mean on val_set is taken, or the first
-    if val_set is None. Returns {"accuracy", "penalty"}, the former on val_set.
+    Features are standardised by mean and deviation of the training set; in the end weight and bias
+    are converted so that they apply to the original features. Each expert's classifier is fitted
+    separately. The best of args.penalty by class mean on val_set is chosen, or the first if val_set
+    is None. Returns {"accuracy", "penalty"}; the accuracy is on val_set.
 
     Every rank holds the features of all training images, and solves the same problem. They take
     1 GB for ImageNet-LT and a ResNet-50, three times that while they are gathered; L-BFGS takes 20
-    times the classifier's weights.
+    times the memory of the classifier's weights.
     """
     rank, _, device = processes
     labels = train_set.labels.to(device)
@@ -230,8 +230,8 @@ def regression(features, labels, log_prior, penalty):
 def train_classifier(encoder, train_set, val_set, args, cfg, processes):
     """Train the heads by SGD with class-balanced sampling, as the paper does.
 
-    Leaves the weights of the best epoch on val_set in the encoder, or of the last if that is None.
-    Returns {"accuracy", "epoch"}, the former on val_set. Goes on from classifier.pth.
+    The encoder ends with the weights of the best epoch on val_set; if that is None, of the last.
+    Returns {"accuracy", "epoch"}; the accuracy is on val_set. Continues from classifier.pth.
     """
     rank, world, device = processes
     path, counts = args.output / "classifier.pth", train_set.labels.bincount()
@@ -263,7 +263,7 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
             view, _, _ = data.query_views(images[0], draws, cfg)
         else:
             view = data.evaluation_view(images, cfg)
-        # The sum over experts, so that each classifier trains as it would alone.
+        # Sum over experts, so that each classifier is trained as if it were alone.
         logits = heads(features_of(encoder, view, args.amp))
         loss = sum(F.cross_entropy(of_expert, labels) for of_expert in logits)
         loss.backward()
@@ -294,7 +294,7 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
 
 
 def classifier_of(cfg, state, classes, seed, keep_heads):
-    """Stage 1's encoder, frozen, with linear classifiers as heads: new ones, or those it has."""
+    """Stage 1's frozen encoder, with linear classifiers as heads: new ones, or stage 1's."""
     torch.manual_seed(seed)
     encoder = Encoder(cfg.arch, cfg.experts, classes).requires_grad_(False)
     for head in encoder.heads.requires_grad_(True):
@@ -308,19 +308,19 @@ def classifier_of(cfg, state, classes, seed, keep_heads):
 
 @torch.no_grad()
 def features_of(encoder, view, amp):
-    """The features of a view, on which classifiers and kNN work: float32 [E, B, C]."""
+    """The features of a view, float32 [E, B, C], for classifiers and kNN."""
     with autocast(view.device, amp):
         return means([maps.float() for maps in encoder.feature_maps(view)])
 
 
 def evaluation_batches(count, rank=0, world=1, batch_size=128):
-    """Batches of all images of a split, none twice: this process's part, for a loader."""
+    """This process's batches of a split; each image is in one batch of one process."""
     rows = torch.arange(count)[rank::world]
     return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
 
 
 def evaluation_loader(dataset, args, cfg, processes):
-    """A loader of this process's part of a split: image i is with process i % world."""
+    """A loader of this process's part of a split: process i % world loads image i."""
     rank, world, device = processes
     batches = evaluation_batches(len(dataset), rank, world)
     return load_batches(dataset, batches, cfg, 0, args.workers, device)
@@ -345,7 +345,7 @@ def split_features(encoder, dataset, args, cfg, processes):
 
 @torch.no_grad()
 def count_right(encoder, loader, cfg, classes, device, amp):
-    """Count right and wrong answers on the loader's images, over all processes.
+    """Count correct and wrong predictions on the loader's images, over all processes.
 
     Returns two int64 tensors on the CPU. The first, [1 + E, 3, classes], counts the images of each
     class, those whose label ranks first, and those whose label is among the first five; for the
@@ -390,7 +390,7 @@ def metrics(tally, train_counts):
 
 
 def class_mean(right, labels, classes):
-    """The mean over the classes that occur of the share of right answers, in percent."""
+    """Mean accuracy over the classes that occur in `labels`, in percent."""
     counts = labels.bincount(minlength=classes)
     right = labels[right].bincount(minlength=classes)
     return 100 * (right / counts)[counts > 0].mean().item()
@@ -420,17 +420,17 @@ def table(results, counts):
 
 
 def worst_confusions(taken_for, names, count=3):
-    """Lines such as "Shirt is called T-shirt: 23 % of 1000 images", the largest shares first.
+    """Lines such as "Shirt predicted as T-shirt: 23 % of 1000 images", largest rates first.
 
-    taken_for [classes, classes] of count_right.
+    taken_for [classes, classes] is from count_right.
     """
     totals = taken_for.sum(1)
     shares = taken_for.double() / totals.clamp(min=1)[:, None]
-    shares += 1e-9 * taken_for  # of equal shares that of more images
+    shares += 1e-9 * taken_for  # if rates are equal, more images first
     values, places = shares.fill_diagonal_(0).flatten().topk(min(count, shares.numel()))
     pairs = [(value, *divmod(place, len(names))) for value, place in zip(values, places.tolist())]
     return [
-        f"{names[label]} is called {names[other]}: {100 * value:.0f} % of {totals[label]} images"
+        f"{names[label]} predicted as {names[other]}: {100 * value:.0f} % of {totals[label]} images"
         for value, label, other in pairs
         if value > 0
     ]
@@ -475,7 +475,7 @@ def predict(args, saved):
     files = data.ImageFiles(Path(), list(map(os.fsencode, paths)), [0] * len(paths), "")
     shard = evaluation_batches(len(files), rank, world)
     loader = load_batches(files, shard, cfg, 0, args.workers, device, ReadableImages)
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names of any bytes
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names may be any bytes
     for images, indices, problems in loader:
         for problem in problems:
             print(f"eval.py: {problem}", file=sys.stderr)
@@ -490,7 +490,7 @@ def predict(args, saved):
             line = {"path": str(files.path(index)), "class": first[0], "probability": first[1]}
             print(json.dumps(line | {"next": dict(following)}, ensure_ascii=False))
     sys.stdout.flush()
-    # All ranks are done before one of them ends torchrun by its exit code.
+    # Wait for all ranks: torchrun stops the others when one exits with an error.
     if gather(torch.tensor([unreadable], device=device)).any():
         sys.exit(2)
 
@@ -502,8 +502,8 @@ def predict(args, saved):
 def neighbour_accuracy(encoder, train_set, held_out, args, cfg, processes, k=10, temperature=0.07):
     """Balanced accuracy, in percent, of a vote of the k nearest training images.
 
-    By the cosine of the backbone's features; a vote weighs exp(cosine / temperature) (Wu et al.,
-    2018).
+    Nearest is by the cosine of the backbone's features; a vote has the weight
+    exp(cosine / temperature) (Wu et al., 2018).
     """
 
     def embed(dataset):
@@ -522,12 +522,12 @@ def neighbour_accuracy(encoder, train_set, held_out, args, cfg, processes, k=10,
 
 
 def summary(runs):
-    """Mean and standard deviation over runs that differ only in their seed, a line for each."""
+    """Mean and standard deviation over runs that differ only in their seed, one line per group."""
     names, groups = ("many", "medium", "few", "all"), {}
     ignored = train.MAY_CHANGE - {"amp"} | {"seed", "images"}
     finished = [run for run in runs if (run / "results.json").exists()] or runs
     if len(finished) < len(runs):
-        print(f"{len(runs) - len(finished)} of {len(runs)} have no results", file=sys.stderr)
+        print(f"{len(runs) - len(finished)} of {len(runs)} runs have no results", file=sys.stderr)
     for run in finished:
         try:
             results = json.loads((run / "results.json").read_text())
@@ -647,10 +647,10 @@ def draw_activation(path, encoder, dataset, counts, cfg, names, device, side=160
 # ---------------------------------------------------------------------------------------- arguments
 
 def settle_classifier(parser, args):
-    """Fill in the settings that no flag has set, which are None, from the recipe.
+    """Set the settings that no flag has set, which are None, to the data set's defaults.
 
-    Settings that belong to the other classifier stay None, and are an error if a flag has set them.
-    --epochs 0 stands for the classifier that stage 1 has trained.
+    Settings of the other classifier stay None; a flag that sets one of them is an error.
+    --epochs 0 selects the classifier that stage 1 has trained.
     """
     recipe = parser.recipe["stage2"]
     given = {name for name in STAGE2 if getattr(args, name) is not None}
@@ -665,7 +665,7 @@ def settle_classifier(parser, args):
 
 
 def parse_args():
-    """The arguments, and the content of the checkpoint or, for --predict, of the model."""
+    """The arguments, and the content of the checkpoint or, for --predict, of model.pth."""
     where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--checkpoint", "--output", "--dataset", "--predict", "--summary"):
         where.add_argument(flag, nargs="?")
@@ -683,12 +683,12 @@ def parse_args():
     parser.begin("instead of training the classifier")
     text = "print class, probability and the next four classes of images, as JSON lines"
     parser.path("predict", "PATH", text, nargs="+")
-    text = "print mean and standard deviation of finished runs that differ in their seed alone"
+    text = "print mean and standard deviation of finished runs that differ only in their seed"
     parser.path("summary", "RUN", text, nargs="+")
-    parser.switch("knn", "print the accuracy of nearest neighbours, also while stage 1 trains")
-    parser.begin("besides results.json")
+    parser.switch("knn", "print the nearest-neighbour accuracy; also possible while stage 1 trains")
+    parser.begin("additional output")
     parser.path("plots", "DIR", "draw accuracy by class and class activation maps")
-    parser.path("export", "FILE", "write the weights by torchvision's names")
+    parser.path("export", "FILE", "write the weights under torchvision's names")
     parser.begin("classifier")
     parser.settings("stage2")
     parser.set_defaults(output=path.parent, checkpoint=path)

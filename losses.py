@@ -2,11 +2,11 @@
 
 dscl_loss       decoupled supervised contrastive loss; alpha=None is the plain SCL it corrects
 pbsd_loss       patch-based self distillation
-bank_attention  what both are made of: softmax attention of N embeddings over a bank of K
+bank_attention  used by both: softmax attention of N embeddings over a bank of K
 
 The losses take L2-normalised rows. Their time is O(N K D) for N embeddings and a queue of K; their
-memory does not grow with K, since logits are computed in blocks and none is kept for backward. The
-file needs torch alone; copy it.
+memory does not grow with K, since logits are computed in blocks and none is kept for backward. This
+file needs only torch and can be copied alone.
 """
 
 from numbers import Real
@@ -23,14 +23,14 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
     over t in {z_i+} and P_i, with w_t = a (|P_i| + 1) for z_i+ and (1 - a)(|P_i| + 1) / |P_i| for
     P_i. w_t scales the logit; with the factor 1/(|P_i| + 1) it becomes a for z_i+ and
     (1 - a)/|P_i| for the others. The contrast set m is the other queries, all keys and the queue;
-    P_i are those of it with the anchor's label, without its own key z_i+. a is `alpha`, or 1 where
-    P_i is empty; alpha=None sets a = 1 / (|P_i| + 1), which is SCL.
+    P_i is its subset with the anchor's label, without the anchor's own key z_i+. The weight a is
+    `alpha`, or 1 where P_i is empty; alpha=None sets a = 1 / (|P_i| + 1), which is SCL.
 
     query [B, D]         embeddings z_i; gradient flows to them as anchors and as contrast
     key [B, D]           momentum embeddings z_i+ of the same images; constant
-    labels [B]           integer classes of both
+    labels [B]           integer classes of the images
     queue [K, D]         past keys, filled slots only, K may be 0; constant
-    queue_labels [K]     their classes
+    queue_labels [K]     classes of the past keys
     alpha                in [0, 1] or None
     temperature          tau > 0
 
@@ -59,7 +59,7 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
         contrast = torch.cat([logits.masked_fill(itself, -torch.inf), in_queue[:, None]], dim=1)
         logsumexp = contrast.logsumexp(1)  # [B]
 
-        # The sum over P_i: with a mask in the batch, from per-class sums in the queue.
+        # The sum over P_i uses a mask for the batch and per-class sums for the queue.
         mates = ((labels[:, None] == labels) & ~itself[:, :size]).to(query.dtype).repeat(1, 2)
         class_sum, class_count = _class_sums(labels, queue, queue_labels)  # [B, D], [B]
         positives = mates.sum(1) + class_count  # [B] |P_i|
@@ -78,12 +78,12 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
 
         L_i = 1/L sum_j sum_t -p(z_t|c_i[j]) log p(z_t|s_i[j])
 
-    p(z_t|.) is the softmax over the image's own key and the queue; labels play no part. Let A(q) be
+    p(z_t|.) is the softmax over the image's own key and the queue; labels are not used. Let A(q) be
     the mean of these vectors z_t, weighted by p(z_t|q). Then the cross-entropy is
     logsumexp(s) - s.A(c) / tau, and its gradient in s is (A(s) - A(c)) / tau.
 
     roi [L, B, D]        region embeddings c_i[j] of the query view, the teacher; constant
-    patch [L, B, D]      embeddings s_i[j] of the same regions as patches, the student; gradient
+    patch [L, B, D]      embeddings s_i[j] of the same regions as patches, the student; has gradient
     key [B, D]           momentum embeddings z_i+; constant
     queue [K, D]         past keys, filled slots only, K may be 0; constant
     temperature          tau > 0
@@ -104,9 +104,9 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
         both = torch.stack([roi, patch])  # [2, L, B, D]
         logsumexp, mean = bank_attention(both.flatten(0, 2), queue, temperature=temperature)
         logsumexp, mean = logsumexp.view(2, count, size), mean.view(2, count, size, dim)
-        own_logit = (both * key).sum(3) / temperature  # [2, L, B] of z_i+ with c, s
+        own_logit = (both * key).sum(3) / temperature  # [2, L, B] z_i+.c / tau and z_i+.s / tau
 
-        # Add the own key to A(c): its probability p(z_i+|c) is a sigmoid of the two logarithms.
+        # Add z_i+ to A(c): p(z_i+|c) is the sigmoid of its logit minus the queue's logsumexp.
         p_own = (own_logit - logsumexp).detach().sigmoid()[0, ..., None]  # [L, B, 1]
         teacher_mean = torch.lerp(mean[0], key.expand_as(roi), p_own)  # [L, B, D]
         logsumexp = torch.logaddexp(logsumexp, own_logit)[1]  # [L, B] of the student
@@ -125,7 +125,7 @@ def _class_sums(labels, queue, queue_labels):
     return sums[anchor], counts[anchor]
 
 
-# Elements in a block of logits: what a CPU's cache holds; elsewhere 2^25, which is 128 MB.
+# Elements in a block of logits: as many as fit a CPU's cache; on other devices 2^25, 128 MB.
 BLOCK = {"cpu": 2**18}
 
 
@@ -153,8 +153,8 @@ class _BankAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logsumexp, _):
-        if torch.is_grad_enabled():  # `mean` depends on the query; here it is a constant
-            raise RuntimeError("bank_attention has no second derivative: no create_graph=True")
+        if torch.is_grad_enabled():  # `mean` depends on the query, but would be taken as constant
+            raise RuntimeError("bank_attention has no second derivative; omit create_graph=True")
         (mean,) = ctx.saved_tensors
         return grad_logsumexp[:, None] * mean, None
 
@@ -190,11 +190,11 @@ def _check_temperature(temperature):
     if not isinstance(temperature, Real):  # a tensor would get no gradient
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not (0 < temperature < float("inf") and 1 / temperature < torch.finfo(torch.float32).max):
-        raise ValueError(f"temperature must be positive and 1 / it finite, got {temperature}")
+        raise ValueError(f"temperature must be positive with a finite inverse, got {temperature}")
 
 
 def _check(name, tensor, shape, least=0, integer=False):
-    """Raises unless it is a tensor of that shape (None: any size from `least`) and kind."""
+    """Raise unless it is a tensor of this kind and shape (None: any size from `least` on)."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     sizes = [s if e is None and s >= least else e for s, e in zip(tensor.shape, shape)]

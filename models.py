@@ -57,7 +57,7 @@ class Encoder(nn.Module):
         with torch.no_grad():
             regions = [roi_means(maps, boxes, view.shape[-1]) for maps in feature_maps]
             c = self.heads(torch.stack(regions))
-        # All L x B patches pass at once, and leave the running statistics to whole views.
+        # All L x B patches are one batch, which does not change BatchNorm's running statistics.
         with frozen_running_statistics(self):
             s = self.heads(means(self.feature_maps(patches.flatten(0, 1))))
         return z, c, s.unflatten(1, patches.shape[:2])
@@ -89,12 +89,12 @@ def projection(channels, dim=128):
 
 
 def means(feature_maps):
-    """The features: each expert's feature map, averaged over its cells: [E, B, C]."""
+    """The features [E, B, C]: the mean of each expert's feature map over its cells."""
     return torch.stack([maps.mean((2, 3)) for maps in feature_maps])
 
 
 def roi_means(feature_map, boxes, view_size):
-    """RoIAlign to 2 x 2 of every box [L, B, 4], in pixels of the view, averaged: [L, B, C]."""
+    """RoIAlign every box [L, B, 4], in pixels of the view, to 2 x 2 and average: [L, B, C]."""
     count, size, _ = boxes.shape
     rows = torch.arange(size, device=boxes.device, dtype=boxes.dtype).repeat(count)
     rois = torch.cat([rows[:, None], boxes.flatten(0, 1)], dim=1)
@@ -106,7 +106,7 @@ def roi_means(feature_map, boxes, view_size):
 
 @contextmanager
 def frozen_running_statistics(module):
-    """BatchNorm normalises by the batch, as in training, but keeps its running statistics."""
+    """BatchNorm normalises by the batch, as in training, but does not update running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.track_running_stats = False
@@ -128,8 +128,8 @@ def moving_average(key_encoder, encoder, momentum):
 class Queue(nn.Module):
     """The last `size` keys of E experts and their labels, first in, first out.
 
-    Slots that were never written take no part: `keys` [E, K, D] and `labels` [K] grow from K = 0
-    to K = size. Any batch size will do. The state dict holds everything.
+    `keys` [E, K, D] and `labels` [K] contain only slots that have been written: K grows from 0 to
+    `size`. Batches may have any size. The state dict holds everything.
     """
 
     def __init__(self, size, experts=1, dim=128):
@@ -149,7 +149,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def put(self, keys, labels):
-        """Replace the oldest by keys [E, B, D] and labels [B]; if B > size the last ones stay."""
+        """Replace the oldest entries by keys [E, B, D], labels [B]; only the last `size` stay."""
         start = self.written + max(len(labels) - self.size, 0)
         self.written += len(labels)
         slots = torch.arange(start, self.written, device=keys.device) % max(self.size, 1)
@@ -182,8 +182,8 @@ def cifar_resnet(blocks, channels, strides):
     A 3x3 stem and three stages of `blocks` basic blocks with projection shortcuts; `strides` are
     those of the stem and the stages. resnet_small has one block in each stage, twice the width of
     resnet20 and a stem of stride 2, which gave more accuracy in equal time; resnet_tiny has 3/4 of
-    its width. The last BatchNorm of a block does not start at zero: with so few blocks that costs
-    a short run several points.
+    its width. The last BatchNorm of a block does not start at zero, which with so few blocks would
+    cost a short run several points.
     """
 
     def stage(inputs, outputs, stride):
@@ -211,11 +211,11 @@ def cifar_resnet(blocks, channels, strides):
 
 
 def smallest_sides(arch):
-    """Pixels of the sides of the smallest view and of the smallest patch that make sense.
+    """Side lengths, in pixels, of the smallest useful view and of the smallest useful patch.
 
     The last feature map of a view needs 2 x 2 cells, since all regions of a single cell are the
-    same. A patch may shrink to one cell, but only at its last stride: before that, gradients in
-    bfloat16 on CPUs differ from run to run (torch 2.14).
+    same. A patch may shrink to one cell only at the last stride: if it does so earlier, gradients
+    in bfloat16 on CPUs differ from run to run (torch 2.14).
     """
     halvings = 2 if arch in SMALL_ARCHS else 5  # a stride halves a side, rounding up
     return 2**halvings + 1, 2 ** (halvings - 1) + 1
@@ -225,7 +225,7 @@ def load_pretrained(encoder, arch, source):
     """Load weights of torchvision's architecture into every expert's backbone.
 
     source is a file with a state dict, or torchvision's name of weights (such as IMAGENET1K_V1),
-    which are downloaded once. The classifier `fc` is left out. ValueError if they do not fit.
+    which are downloaded once. The classifier `fc` is left out. Raises ValueError on a mismatch.
     """
     names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
     try:
@@ -242,4 +242,4 @@ def load_pretrained(encoder, arch, source):
     except Exception as error:  # a missing or foreign file, weights of another network
         reason = " ".join(str(error).split())[:160]
         known = f", nor torchvision's {' or '.join(names)}" if names else ""
-        raise ValueError(f"no file of {arch} weights{known} ({reason})") from None
+        raise ValueError(f"not a file of {arch} weights{known} ({reason})") from None

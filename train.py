@@ -211,7 +211,7 @@ def main():
 
 
 def start(args):
-    """Join the processes that torchrun started, if it did: (rank, world size, device).
+    """Join torchrun's process group, if there is one; returns (rank, world size, device).
 
     Sets args.amp to "bf16" or "off".
     """
@@ -221,7 +221,7 @@ def start(args):
     if args.device != "cpu" and torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > gpus:
-            raise BadInput(f"{here} processes, but {gpus} GPUs on this host: one process for each")
+            raise BadInput(f"{here} processes, but {gpus} GPUs on this host: start one per GPU")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes are the same in every step
@@ -240,7 +240,7 @@ def autocast(device, amp):
 
 
 def explain(error):
-    """Exit code and message for torch's errors that are no fault of the code; else no message."""
+    """Exit code and message for errors of torch that are not bugs here; no message for others."""
     text = str(error)
     first = text.partition("\n")[0]
     full = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
@@ -249,15 +249,15 @@ def explain(error):
             f"the GPU is out of memory ({first}); use a smaller --batch-size or more GPUs, leave "
             "--amp at auto, and in stage 2 use --classifier balanced"
         )
-    # A worker that was killed, or that could not make a file of shared memory.
+    # A worker was killed, or could not create a file in shared memory.
     if "DataLoader worker (pid" in text or "</torch_" in text:
         return 2, (
             f"a process that decodes images failed ({first}); often shared memory is too small: "
             "start docker with --ipc=host or --shm-size=8g, or use --workers 0"
         )
     if isinstance(error, dist.DistError) or "gloo" in text or "EADDRINUSE" in text:
-        # NCCL tells the cause last. If a process was lost, the same command goes on; if a port is
-        # taken or the network is set up wrongly, it would fail again.
+        # NCCL's message ends with the cause. If a process was lost, the same command continues; if
+        # a port is taken or the network is set up wrongly, it would fail again.
         cause = text.partition("Last error:")[2].strip().partition("\n")[0] or first
         lost = any(words in text for words in ("by peer", "Broken pipe", "remote process exited"))
         message = f"the connection to another process failed ({cause})"
@@ -280,7 +280,7 @@ def gather(tensor, dim=0):
 
 
 def gather_queries(z, rank_rows):
-    """The queries of all ranks [E, N, D] from this rank's z [E, B, D], its rows `rank_rows`.
+    """The queries of all ranks [E, N, D]; this rank's are z [E, B, D], at the rows `rank_rows`.
 
     Every rank differentiates the loss of all N anchors with respect to its own rows only.
     """
@@ -295,7 +295,7 @@ def gather_queries(z, rank_rows):
 def average_statistics(encoder):
     """Replace the running statistics of BatchNorm by their mean over the ranks.
 
-    Every rank collects those of its own images. Training does not read them, but stage 2 may.
+    Each rank has those of its own images only. Training does not use them, but stage 2 may.
     """
     if dist.is_initialized():
         statistics = [buffer for buffer in encoder.buffers() if buffer.is_floating_point()]
@@ -304,11 +304,11 @@ def average_statistics(encoder):
 
 
 class ShuffledBatch:
-    """Which images of the global batch of N this rank embeds at a step, and its random numbers.
+    """The images of the global batch of N that this rank embeds in a step, and its random numbers.
 
-    Its queries are the rows `rank_rows`, its keys those of other, random images (shuffle BN):
-    otherwise the BatchNorm statistics that a query and its key share could leak which key matches.
-    All follows from (seed, step). A single process embeds all images and shuffles nothing.
+    Its queries are those of the rows `rank_rows`. Its keys are those of other, randomly chosen
+    images (shuffle BN): otherwise BatchNorm statistics could leak which key matches. Everything
+    depends only on (seed, step). A single process embeds all images and shuffles nothing.
     """
 
     def __init__(self, args, step, rank_rows, device):
@@ -327,11 +327,11 @@ class ShuffledBatch:
         return Draws(self.seeds[1 + keys], self.batch_size, rows, self.device)
 
     def shuffle(self, images):
-        """This rank's uint8 images [B, C, H, W] to those of which it embeds the keys."""
+        """Exchange this rank's uint8 images [B, C, H, W] for those whose keys it embeds."""
         return images if self.order is None else gather(images)[self.key_rows]
 
     def gather_unshuffled(self, keys):
-        """From this rank's keys [E, B, D] those of all ranks, in the order of images [E, N, D]."""
+        """Gather the keys [E, B, D] of all ranks, in the order of the images: [E, N, D]."""
         return keys if self.order is None else gather(keys, dim=1)[:, self.order.argsort()]
 
 
@@ -339,19 +339,19 @@ class ShuffledBatch:
 
 
 def check_finite(tensors, step, lr):
-    """BadInput if training has diverged, so that no checkpoint ever holds such weights."""
-    # The largest absolute values in one launch; NaN and infinity stay what they are.
+    """Raise BadInput if training has diverged, so that such weights are never saved."""
+    # One launch computes the largest absolute values; it preserves NaN and infinity.
     if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
         raise BadInput(
-            f"loss or weights are not finite at step {step}, lr {lr:.3g}: try a smaller --lr in "
-            "another --output; the last checkpoint, if there is one, was left unchanged"
+            f"loss or weights are not finite at step {step}, lr {lr:.3g}: try a smaller --lr "
+            "with another --output; the last checkpoint, if there is one, was left unchanged"
         )
 
 
 def save(path, content):
-    """Write a text or a dict to `path` by way of a new file beside it, which then replaces it.
+    """Write a string or a dict to a new file beside `path`, which then replaces `path`.
 
-    BadInput if that fails; an existing file is then left unchanged.
+    Raises BadInput if that fails; an existing file is then left unchanged.
     """
     beside = path.with_name(path.name + ".new")
     try:
@@ -365,7 +365,7 @@ def save(path, content):
             beside.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         if not path.parent.is_dir():
-            raise BadInput(f"{path.parent} has been deleted, with all that it held") from None
+            raise BadInput(f"{path.parent} has been deleted with all its files") from None
         raise BadInput(
             f"{path} cannot be written ({reason}); an existing file was left unchanged"
         ) from None
@@ -380,8 +380,8 @@ def load(path, stage, script="train.py"):
     except Exception as error:  # torch.load raises many kinds of errors on other files
         if getattr(error, "filename", None):  # the file could not be opened
             raise BadInput(
-                f"{path} cannot be read ({error.strerror}): run {script} first, or name a run's "
-                "directory by --output"
+                f"{path} cannot be read ({error.strerror}): run {script} first, or give a run's "
+                "directory as --output"
             ) from None
         raise BadInput(f"{path} is not a file of {stage}: move it to another place") from None
     return content
@@ -399,7 +399,7 @@ MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "s
 
 
 def flatten(settings, ignored=MAY_CHANGE, prefix=""):
-    """A run's arguments but the ignored ones, with those of a nested dict as "name key"."""
+    """A run's arguments without the ignored ones; those in a nested dict become "name key"."""
     flat = {}
     for name, value in settings.items():
         if isinstance(value, dict) and name not in ignored:
@@ -427,7 +427,7 @@ def resume(path, stage, args, device):
     saved = load(path, stage) if path.exists() else None
     step = saved.get("step", saved.get("epoch")) if saved else -1
     if len(gather(torch.tensor([step], device=device)).unique()) > 1:
-        raise BadInput(f"processes find different {path}: all hosts must share --output")
+        raise BadInput(f"processes find different files at {path}: all hosts must share --output")
     if saved:
         refuse_differences(path, saved["args"], args)
     return saved
@@ -438,7 +438,7 @@ def open_log(path, args, step):
     lines = []
     with contextlib.suppress(OSError, ValueError):  # no file, or its last line is incomplete
         for line in path.read_text().splitlines(keepends=True):
-            # The header, which has no step, is kept from step 1 on.
+            # The header has no step: it is kept unless the run starts at step 0.
             lines += [line] if json.loads(line).get("step", 1) <= step else []
     versions = {m.__name__: m.__version__ for m in (torch, torchvision)}
     header = dict(command=shlex.join(sys.argv), versions=versions, arguments=to_json(args))
@@ -452,10 +452,10 @@ def open_log(path, args, step):
 def parse_args():
     parser = Parser(__doc__)
     add_run_flags(parser)
-    text = "minutes between checkpoints; at the end of an epoch one minute is enough"
+    text = "minutes between checkpoints; one minute is enough at the end of an epoch"
     parser.flag("save_minutes", 30.0, (0, 1e6), text)
     parser.begin("training")
-    losses = "dscl, or a baseline: scl weighs the own key as any other positive; ce is "
+    losses = "dscl, or a baseline: scl gives all positives equal weights; ce is "
     losses += "cross-entropy; la is cross-entropy with logit adjustment"
     parser.flag("loss", "dscl", ("dscl", "scl", *CLASSIFIERS), losses)
     parser.settings("stage1", arch=ARCHS)
@@ -471,12 +471,12 @@ def parse_args():
     view, patch = smallest_sides(args.arch)
     for flag, side, least in (("view", args.view_size, view), ("patch", args.patch_size, patch)):
         if side < least and (flag == "view" or args.patches):
-            parser.error(f"--{flag}-size {side}: {args.arch} takes {least} pixels or more")
+            parser.error(f"--{flag}-size {side}: {args.arch} needs at least {least} pixels")
     return args
 
 
 def fit_batch(args, count):
-    """Lower a batch size above the size of the training set to the largest power of two below."""
+    """Lower a batch size above the training set's size to the largest power of two that fits."""
     if args.batch_size > count:
         fitting = 2 ** (count.bit_length() - 1)
         if data.RANK == 0:
@@ -489,10 +489,10 @@ def add_run_flags(parser):
     """The flags that both stages have."""
     parser.begin("run")
     default = Path("runs") / parser.dataset
-    text = f"directory of all that the run writes (default: {default})"
+    text = f"directory for all output of the run (default: {default})"
     parser.path("output", "DIR", text, default=default)
     parser.flag("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one")
-    text = "auto: the networks in bfloat16 where the device computes in it; losses stay float32"
+    text = "auto: networks run in bfloat16 if the hardware supports it; losses stay in float32"
     parser.flag("amp", "auto", ("auto", "off"), text)
     parser.run_flags()
 

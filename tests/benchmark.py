@@ -4,9 +4,10 @@
     python tests/benchmark.py step --device cuda       # a training step and the networks alone
     python tests/benchmark.py input --images DIR     # one data loading process, on your JPEGs
 
-Sides take turns, so that a machine that drifts is fair to all: median (min to max) of the rounds.
-Speed is relative to the first side. Launches are the operations of a step on a GPU, without views
-of tensors, which launch nothing. Memory is what a step adds at its peak, in a process of its own.
+The sides take turns, so that drift of the machine affects all alike; shown is the median (min to
+max) of the rounds. Speed is relative to the first side. Launches are the operations of a step on a
+GPU, without views of tensors, which launch nothing. Memory is what a step adds at its peak, in a
+separate process.
 """
 
 import argparse
@@ -38,8 +39,8 @@ from models import Encoder, Queue, frozen_running_statistics, means, roi_means
 
 BATCH, QUEUE, DIM, PATCHES, CLASSES = 256, 65536, 128, 5, 1000
 BATCH_INPUT = 32  # 256 on eight GPUs
-# Images in a step: on a CPU what memory and patience allow; on a GPU, for ImageNet-LT, what each of
-# eight, two and one has of the paper's batch.
+# Images in a step: on a CPU, few enough for memory and time; on a GPU, for ImageNet-LT, the paper's
+# batch divided by eight, two and one GPUs.
 SIZES = {"cpu": {"fashion_mnist_lt": [128], "imagenet_lt": [8]}}
 SIZES["cuda"] = SIZES["cpu"] | {"imagenet_lt": [32, 128, 256]}
 
@@ -47,10 +48,10 @@ SIZES["cuda"] = SIZES["cpu"] | {"imagenet_lt": [32, 128, 256]}
 
 
 def in_turn(runs, args):
-    """Seconds of each run in every round, {name: [rounds]}; a round before them loads code.
+    """Seconds of each run in every round, {name: [rounds]}; an untimed first round loads code.
 
-    With them the seconds until the host had launched the work: on a GPU the rest of the time it
-    waits for the GPU; where both are the same, the GPU waits for the host.
+    Also returns the seconds until the host had launched the work. On a GPU the host waits for the
+    rest of the time; if both are equal, the GPU waits for the host.
     """
     seconds, launching = ({name: [] for name in runs} for _ in range(2))
     for count in range(args.rounds + 1):
@@ -94,7 +95,7 @@ def machine(device):
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that are dispatched, but for views, which compute nothing."""
+    """Counts the operations that are dispatched, except views, which compute nothing."""
 
     count = 0
 
@@ -105,7 +106,7 @@ class Launches(TorchDispatchMode):
 
 
 def peak_megabytes(make, device):
-    """What a step adds at its peak; make() gives it and a small one, which has torch load code."""
+    """Megabytes a step adds at its peak; make() returns it and a small one, which loads code."""
     step, small = make()
     small()
     if device == "cuda":
@@ -125,7 +126,7 @@ def resident(field):
 
 
 def compare(args, makes):
-    """Print a table of the sides, {name: make(device) of peak_megabytes}; what a step gives."""
+    """Print a table of the sides, {name: make(device)}; returns the result of a step of each."""
     memory = {}
     for side, make in makes.items():
         with multiprocessing.get_context("spawn").Pool(1) as process:
@@ -183,7 +184,7 @@ LOSSES = {"dense": dense_losses, "ours": our_losses}
 
 
 def losses_of(side, device):
-    """Forward and backward of a side, and a small one: each gives both losses and gradients."""
+    """A step (forward, backward) of a side and a small one; each returns losses and gradients."""
 
     def step_on(batch, size):
         torch.manual_seed(0)
@@ -218,19 +219,19 @@ def losses(args):
 
 
 def recipe_of(name, *groups, **changes):
-    """The settings in groups (views, stage1, stage2) of a data set's recipe, as attributes."""
+    """A data set's settings in groups (views, stage1, stage2), as attributes."""
     settings = {key: value for group in groups for key, value in DATASETS[name][group].items()}
     return argparse.Namespace(dataset=name, **settings | changes)
 
 
 def settings_of(name, **changes):
-    """train.py's arguments for a data set's recipe, with a batch for a CPU."""
+    """train.py's arguments for a data set, with a batch size for a CPU."""
     run = dict(seed=0, loss="dscl", amp="off", batch_size=SIZES["cpu"][name][0])
     return recipe_of(name, "views", "stage1", **run | changes)
 
 
 def images_of(args, device):
-    """uint8 images [B, C, H, W] of random pixels, of the shape in which the loader gives them."""
+    """uint8 images [B, C, H, W] of random pixels, in the shape that the loader returns."""
     shape = 3, args.view_size, args.view_size
     if data.in_memory(args.dataset):
         shape = data.load_dataset(args.dataset)["train"].images.shape[1:]
@@ -244,7 +245,7 @@ def views_of(images, args):
 
 
 class Ours:
-    """train.py's step, but for the views, which are given: weights, averages and queue change."""
+    """train.py's step on given views; it updates weights, moving averages and queue."""
 
     layout, optimizer_options = torch.channels_last, dict(fused=True)
 
@@ -257,12 +258,12 @@ class Ours:
         options = dict(momentum=0.9, weight_decay=args.weight_decay) | self.optimizer_options
         self.optimizer = torch.optim.SGD(self.encoder.parameters(), lr=1e-3, **options)
         self.queue = Queue(args.queue_size, args.experts).to(device)
-        for part in torch.arange(args.queue_size).split(1024):  # all at once would be the peak
+        for part in torch.arange(args.queue_size).split(1024):  # all at once would set the peak
             keys = F.normalize(torch.randn(args.experts, len(part), DIM), dim=2).to(device)
             self.queue.put(keys, torch.randint(CLASSES, (len(part),)).to(device))
 
     def inputs(self, **changes):
-        """What a step takes: the views of random images, and labels."""
+        """The inputs of a step: views of random images, and labels."""
         args = argparse.Namespace(**vars(self.args) | changes)
         views = views_of(images_of(args, self.device), args)
         return *views, torch.randint(CLASSES, (args.batch_size,)).to(self.device)
@@ -281,7 +282,7 @@ class Ours:
 
 
 class Straightforward(Ours):
-    """As first written down: L patch passes, an EMA loop, dense losses, contiguous images."""
+    """A first version: L patch passes, an EMA loop, dense losses, contiguous images."""
 
     layout, optimizer_options = torch.contiguous_format, {}
 
@@ -334,7 +335,7 @@ STEPS |= {"views": (Views, "off")}
 
 
 def step_of(side, args, device):
-    """A step of a side, and a small one that has torch load its code."""
+    """A step of a side, and a small one that makes torch load its code."""
     kind, amp = STEPS[side]
     part = kind(argparse.Namespace(**vars(args) | dict(amp=amp)), torch.device(device))
     small = part.inputs(batch_size=2, view_size=32, patch_size=16)
@@ -343,9 +344,9 @@ def step_of(side, args, device):
 
 def step(args):
     args.amp = "auto"
-    train.start(args)  # tells whether the device computes in bfloat16
+    train.start(args)  # sets args.amp by what the device supports
     sides = [side for side, (_, amp) in STEPS.items() if amp in ("off", args.amp)]
-    print("a training step, whose views are given; floor: its networks alone; views: making them")
+    print("a training step on given views; floor: only its networks; views: only making views")
     print(f"{args.rounds} rounds; {machine(args.device)}")
     for name in args.recipes:
         for size in args.batch_size or SIZES[args.device][name]:
@@ -361,7 +362,7 @@ def step(args):
 
 
 class Published:
-    """The published pipeline's equivalent: seven PIL crops, each augmented and made a tensor."""
+    """Like the published pipeline: seven PIL crops, each augmented and converted to a tensor."""
 
     def __init__(self, files, recipe):
         def augment(jitter, jitter_p, grey_p, blur_p):
@@ -426,14 +427,14 @@ def input_pipeline(args):
     for _ in range(args.rounds):
         for side, loader in sides.items():
             iterator = iter(loader)
-            batch = next(iterator)  # from here on the worker is at work all the time
+            batch = next(iterator)  # from here on the worker is always busy
             began = time.perf_counter()
             following = sum(BATCH_INPUT for _ in iterator)
             rates[side].append(following / (time.perf_counter() - began))
             sizes[side] = sum(part.nbytes for part in batch) / BATCH_INPUT / 1000
     kilobytes = statistics.mean(path.stat().st_size for path in found) / 1000
-    print(f"one data loading process, batches of {BATCH_INPUT} of {len(found)} JPEGs, which have")
-    print(f"{kilobytes:.0f} KB in the mean; {args.rounds} rounds; {machine('cpu')}\n")
+    print(f"one data loading process, batches of {BATCH_INPUT} of {len(found)} JPEGs, mean size")
+    print(f"{kilobytes:.0f} KB; {args.rounds} rounds; {machine('cpu')}\n")
     rows = [["", "images a second", "speed", "of decoding", "KB to the device"]]
     for side, own in rates.items():
         rows.append([side, spread(own, 0), ratio(own, rates["published"])])
@@ -446,17 +447,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = dict(losses=losses, step=step, input=input_pipeline)
     parser.add_argument("command", choices=commands)
-    text = "of losses and step (default: cpu)"
+    text = "device for losses and step (default: cpu)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
-    text, recipes = "of step (default: all)", list(SIZES["cpu"])
+    text, recipes = "data sets for step (default: all)", list(SIZES["cpu"])
     parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help=text)
     text = "images in a step (default: 8 for imagenet_lt, on a GPU 32, 128 and 256; else 128)"
     size = dict(nargs="+", type=bounded(int, 2, 1e6), metavar="N", help=text)
     parser.add_argument("--batch-size", **size)
-    parser.add_argument("--images", type=Path, metavar="DIR", help="of input, its JPEGs")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs for input")
     for flag, least, default, text in (
         ("--rounds", 1, 7, "timed rounds"),
-        ("--batches", 2, 12, "of input, a round"),
+        ("--batches", 2, 12, "batches a round, for input"),
     ):
         kind, text = bounded(int, least, 1e6), f"{text} (default: {default})"
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)

@@ -1,11 +1,11 @@
-"""Builds tests/fashion_mnist_lt.npz from the original IDX files; the same bytes every time.
+"""Builds tests/fashion_mnist_lt.npz from the original IDX files, always with the same bytes.
 
     python tests/build_fashion_mnist_lt.py DIRECTORY
 
 DIRECTORY holds train-images-idx3-ubyte.gz and the three other files of Fashion-MNIST (MIT licence,
 beside this file), as in Debian's package dataset-fashion-mnist: /usr/share/datasets/fashion-mnist.
-Training images 1000 to 10 a class by the field's formula, the next 100 of each class for
-validation, the full test set.
+The training set has 1000 to 10 images per class by the usual formula, val the next 100 of each
+class; the test set is complete.
 """
 
 import gzip

@@ -2,9 +2,9 @@
 
 python tests/chaos.py --kills 20
 
-SIGKILL goes to one process or to torchrun and both, at any moment after a new checkpoint; the same
-command is given again. In the end weights, queue, optimizer and log must be equal to the bit to
-those of a run that nobody disturbed. Exit code 1 if they are not.
+SIGKILL is sent to one process, or to torchrun and both processes, at a random moment after a new
+checkpoint; then the same command is run again. In the end weights, queue, optimizer and log must be
+bitwise equal to those of an undisturbed run. The exit code is 1 if they are not.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def start(output, epochs):
 
 
 def steps_done(output):
-    """The step of the last checkpoint; reading it also shows that it is whole."""
+    """The step of the last checkpoint; reading it also shows that it is intact."""
     return checkpoint(output)["step"] if (output / "checkpoint.pth").exists() else 0
 
 
@@ -34,9 +34,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=20, help="default: 20")
-    parser.add_argument("--epochs", type=int, default=40, help="of the run (default: 40)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of the run (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     args = parser.parse_args()
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as directory:
@@ -53,11 +53,11 @@ def main():
             victims = [moments.choice(ranks)] if moments.random() < 0.5 else [process.pid, *ranks]
             for victim in victims:
                 os.kill(victim, signal.SIGKILL)
-            process.wait()  # of one that is left alone torchrun ends the other
+            process.wait()  # if one process was killed, torchrun ends the other
             after = steps_done(disturbed)
             print(f"kill {kill} of {len(victims)} processes: step {before} to {after}", flush=True)
             if after < before:
-                sys.exit("steps were lost that a checkpoint had")
+                sys.exit("steps of a saved checkpoint were lost")
         if start(disturbed, args.epochs).wait() != 0:
             sys.exit("the last run failed")
         ends = [(records(output)[1], checkpoint(output)) for output in (calm, disturbed)]

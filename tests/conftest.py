@@ -21,7 +21,7 @@ TREE_COUNTS = {"train": [24, 12, 6, 3], "val": [2] * 4, "test": [3] * 4}
 
 @pytest.fixture(scope="session")
 def imagenet_tree(tmp_path_factory):
-    """JPEGs of 64 x 48 pixels laid out like ImageNet-LT, a colour a class, and its index files."""
+    """JPEGs of 64 x 48 pixels laid out like ImageNet-LT, one colour per class, with index files."""
     root = tmp_path_factory.mktemp("imagenet")
     random = np.random.default_rng(0)
     for split, counts in TREE_COUNTS.items():
@@ -40,7 +40,7 @@ def imagenet_tree(tmp_path_factory):
 
 
 def folders(root, **splits):
-    """Writes images as splits, {class: number}, say; returns root."""
+    """Write images for each split, {class: number of images}; returns root."""
     for split, counts in splits.items():
         for name, count in counts.items():
             (root / split / name).mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def folders(root, **splits):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a stage in this process, which saves the seconds of its imports: what it printed."""
+    """Run a stage in this process, which saves the time of imports; returns what it printed."""
 
     def run(stage, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, arguments)])
@@ -68,7 +68,7 @@ def begin(*arguments, **options):
 
 
 def checkpoint(output):
-    """That of stage 1, without the settings that may differ between equal runs."""
+    """Stage 1's checkpoint without the settings that may differ between equal runs."""
     content = torch.load(output / "checkpoint.pth", weights_only=True)
     for name in ("output", "save_minutes"):
         content["args"].pop(name, None)
@@ -76,7 +76,7 @@ def checkpoint(output):
 
 
 def records(output):
-    """The header of a run's log, and its records without their rates."""
+    """The header of a run's log, and its records without images_per_second."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return lines[0], [
         {k: v for k, v in line.items() if k != "images_per_second"} for line in lines[1:]
@@ -84,7 +84,7 @@ def records(output):
 
 
 def states_equal(a, b):
-    """Whether two state dicts, or what they are made of, are equal to the bit."""
+    """Whether two state dicts, or parts of them, are bitwise equal."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -95,5 +95,5 @@ def states_equal(a, b):
     return a == b
 
 
-def pytest_configure(config):  # data.py does without where torchvision has dropped it
+def pytest_configure(config):  # data.py also works without decode_jpeg
     config.addinivalue_line("filterwarnings", "ignore:The image decoding:DeprecationWarning")

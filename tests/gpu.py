@@ -1,11 +1,11 @@
-"""What to run on a machine with a GPU before training for days: a line and a verdict each.
+"""Checks of a machine with a GPU, to run before training for days: one verdict per line.
 
     python tests/gpu.py            # about a minute; exit code 1 if a check fails
 
 Losses, a training step, the distributed path, host synchronisations, a killed run and a full GPU
 are checked on the GPU against the CPU, or against an undisturbed run. One GPU is enough: NCCL runs
-with one process, and two processes share the GPU through gloo. Without a GPU only what a CPU can
-show is checked.
+with one process, and two processes share the GPU through gloo. Without a GPU only the checks
+that a CPU can run are made.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def verdict(name, passed, text):
 
 
 def differ(ours, reference):
-    """The largest difference of two lists of tensors, each against its largest entry."""
+    """The largest difference of two lists of tensors, relative to each one's largest entry."""
     pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(ours, reference)]
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
@@ -102,7 +102,7 @@ def check_losses(_):
             return benchmark.losses_of("ours", DEVICE)
 
     once, often = (benchmark.peak_megabytes(partial(make, n), DEVICE.type) for n in (1, 8))
-    flat = often - once < 0.1 * 7 * batch * size * 4 / 2**20  # of the seven [B, K] that K adds
+    flat = often - once < 0.1 * 7 * batch * size * 4 / 2**20  # 10% of seven [B, K] matrices
     verdict("memory", flat, f"losses add {once:.0f} MB at K {size}, {often:.0f} MB at {8 * size}")
 
 
@@ -145,7 +145,7 @@ def check_step(_):
     for name, amp, of_loss, of_gradient in limits:
         value, other = gradients(DEVICE, amp)
         error, length = abs(value / loss - 1), ((other - gradient).norm() / gradient.norm()).item()
-        text = f"loss {error:.0e}, gradient {length:.0e} from float32 on the CPU"
+        text = f"differs from the CPU in float32: loss {error:.0e}, gradient {length:.0e}"
         verdict(f"step in {name}", error < of_loss and length < of_gradient, text)
     torch.backends.cudnn.allow_tf32 = True
 
@@ -168,7 +168,7 @@ def check_synchronisations(directory):
             train.main()
         torch.cuda.set_sync_debug_mode("default")
         train.learning_rate = rate
-    waits = [after - before for before, after in zip(began, began[1:])]  # but for the last step
+    waits = [after - before for before, after in zip(began, began[1:])]  # without the last step
     records = [waits[step - 1] for step in range(20, len(waits)) if step % 19 in (0, 10)]
     others = [waits[step - 1] for step in range(20, len(waits)) if step % 19 not in (0, 10)]
     text = f"{max(others)} in a step, {max(records)} at a record"
@@ -197,11 +197,11 @@ def check_distributed(directory):
             continue
         losses = [loss_of(directory / run, 1) for run in (name, reference)]  # the first ten steps
         error = abs(losses[0] / losses[1] - 1)
-        verdict("distributed", error < 1e-3, f"{text}: loss {error:.0e} from one process's")
+        verdict("distributed", error < 1e-3, f"{text}: loss within {error:.0e} of one process's")
 
 
 def check_resume(directory):
-    """A run that is killed goes on; eval.py evaluates it."""
+    """A killed run continues; eval.py evaluates it."""
     options = ["train.py", "--epochs", 12, "--save-minutes", 0, "--output"]
     calm, killed = begin(*options, directory / "calm"), begin(*options, directory / "killed")
     while not (directory / "killed" / "checkpoint.pth").exists() and killed.poll() is None:
@@ -213,7 +213,7 @@ def check_resume(directory):
     step = re.search(r"from step (\d+) of", said)
     losses = [loss_of(directory / run, -1) for run in ("killed", "calm")]
     error = abs(losses[0] / losses[1] - 1)
-    text = f"went on from step {step and step[1]}, loss {error:.0e} from the undisturbed run's"
+    text = f"continued from step {step and step[1]}, loss within {error:.0e} of a calm run's"
     verdict("resume", step and int(step[1]) > 0 and error < 0.02, text)
     evaluation = begin("eval.py", "--output", directory / "killed")
     said = evaluation.communicate()[0]

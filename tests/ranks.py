@@ -1,6 +1,6 @@
-"""train.py, alone or under torchrun: what a process holds in the end goes to a file.
+"""Runs train.py, alone or under torchrun, and saves the final state of each process to a file.
 
-BatchNorm stays in eval mode: in train mode its batches are those of a process.
+BatchNorm stays in eval mode: in train mode it would normalise by the images of one process.
 """
 
 import os

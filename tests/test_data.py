@@ -1,4 +1,4 @@
-"""Data sets as their files are, long-tailed subsets, batches, views and patches, arguments."""
+"""Readers of data sets, long-tailed subsets, batches, views and patches, arguments."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ SHIPPED = load_dataset("fashion_mnist_lt")
 
 
 def small_recipe(name, **changes):
-    """The views of a data set's recipe, small."""
+    """A data set's settings for views, with small views and patches."""
     return recipe_of(name, "views", **dict(view_size=20, patch_size=8) | changes)
 
 
@@ -50,7 +50,7 @@ def labels_of(sets):
 # ------------------------------------------------------------------------------------- data sets
 
 
-def test_counts_and_shots_are_the_fields():
+def test_long_tailed_counts_and_groups_match_the_literature():
     assert data.long_tailed_counts(1000, 10, 1 / 100) == COUNTS
     assert sum(data.long_tailed_counts(500, 100, 1 / 100)) == 10847  # CIFAR-100-LT
     assert sum(data.long_tailed_counts(5000, 10, 1 / 100)) == 12406  # CIFAR-10-LT
@@ -59,7 +59,7 @@ def test_counts_and_shots_are_the_fields():
     assert shots == dict(many=[0, 1], medium=[2, 3], few=[4, 5])
 
 
-def test_the_shipped_data_set_is_the_one_described():
+def test_shipped_data_set_matches_its_description():
     assert labels_of(SHIPPED) == dict(train=COUNTS, val=[100] * 10, test=[1000] * 10)
     for dataset in SHIPPED.values():
         assert dataset.images.shape == (len(dataset), 1, 28, 28) and len(dataset.names) == 10
@@ -68,7 +68,7 @@ def test_the_shipped_data_set_is_the_one_described():
     assert not own & {image.numpy().tobytes() for image in SHIPPED["val"].images}
 
 
-def test_the_build_script_gives_the_same_bytes_every_time(tmp_path, monkeypatch):
+def test_build_script_writes_the_same_bytes_every_time(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     for name, size in (("train", 12000), ("t10k", 100)):
         labels = np.arange(size, dtype=np.uint8) % 10
@@ -88,7 +88,7 @@ def test_the_build_script_gives_the_same_bytes_every_time(tmp_path, monkeypatch)
     assert len(both.unique(dim=0)) == sum(COUNTS) + 1000
 
 
-def test_cifar_lt_is_the_fields_subset(tmp_path, monkeypatch):
+def test_cifar_lt_matches_the_usual_subset(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     folder, random = tmp_path / data.CIFAR10.base_folder, np.random.default_rng(0)
     folder.mkdir()
@@ -100,7 +100,7 @@ def test_cifar_lt_is_the_fields_subset(tmp_path, monkeypatch):
     whole = data.CIFAR10(tmp_path, train=True)
     for imbalance in (1, 10, 100):
         sets = load_dataset("cifar10_lt", tmp_path, imbalance=imbalance)
-        # As the field's code has it: one generator, class by class, the first of each shuffle.
+        # As in common code: one generator shuffles class by class, the first images are kept.
         np.random.seed(0)
         expected, targets = [], np.array(whole.targets)
         for label in range(10):
@@ -112,7 +112,7 @@ def test_cifar_lt_is_the_fields_subset(tmp_path, monkeypatch):
         assert sets.keys() == {"train", "test"} and labels_of(sets)["test"] == [3] * 10
 
 
-def test_files_in_memory_that_are_missing_or_broken_are_named(tmp_path):
+def test_missing_and_broken_array_files_are_named(tmp_path):
     path, whole = tmp_path / "fashion_mnist_lt.npz", data.HERE / "tests" / "fashion_mnist_lt.npz"
     for content in (None, b"", b"no zip", whole.read_bytes()[:1000000]):
         if content is not None:
@@ -121,7 +121,7 @@ def test_files_in_memory_that_are_missing_or_broken_are_named(tmp_path):
     refused("cifar-100-python .*--download fetches", "cifar100_lt", tmp_path)
 
 
-def test_index_files_may_lie_elsewhere_and_have_blanks_in_their_paths(tmp_path, imagenet_tree):
+def test_index_files_may_be_elsewhere_and_list_paths_with_spaces(tmp_path, imagenet_tree):
     root = tmp_path / "root"
     shutil.copytree(imagenet_tree / "train", root / "my train")
     shutil.copytree(imagenet_tree / "val", root / "val")
@@ -134,13 +134,13 @@ def test_index_files_may_lie_elsewhere_and_have_blanks_in_their_paths(tmp_path, 
     sets = load_dataset("imagenet_lt", root, tmp_path)
     assert labels_of(sets) == TREE_COUNTS and sets["train"].labels[24] == 1
     assert sets["train"].path(24) == root / "my train/n00000001/train_0.JPEG"
-    # No Python object a line: what every worker would copy by counting references.
+    # No Python object per line: reference counting would copy them into every worker.
     assert sets["train"].paths.dtype.kind == "S" and sets["train"].labels.dtype == torch.int64
     refused("first image of .*ImageNet_LT_train.txt", "imagenet_lt", imagenet_tree, tmp_path)
 
 
 @pytest.mark.parametrize("dataset", ["imagenet_lt", "places_lt"])
-def test_val_may_be_flat_as_its_archive_is(dataset, tmp_path, imagenet_tree, monkeypatch, capsys):
+def test_val_needs_no_class_folders(dataset, tmp_path, imagenet_tree, monkeypatch, capsys):
     root, name = tmp_path / "root", dict(imagenet_lt="ImageNet", places_lt="Places")[dataset]
     shutil.copytree(imagenet_tree, root)
     for path in list(root.glob("val/*/*")):  # ILSVRC2012_val_00000001.JPEG: no name occurs twice
@@ -160,7 +160,7 @@ def test_val_may_be_flat_as_its_archive_is(dataset, tmp_path, imagenet_tree, mon
     assert "missing" not in out and out.count("no class folders") == 1
 
 
-def test_the_published_json_index_does_as_well(tmp_path, imagenet_tree):
+def test_published_json_index_gives_the_same_splits(tmp_path, imagenet_tree):
     for split in TREE_COUNTS:
         lines = (imagenet_tree / f"ImageNet_LT_{split}.txt").read_text().splitlines()
         entries = [dict(fpath=p, category_id=int(c)) for p, c in map(str.split, lines)]
@@ -184,7 +184,7 @@ def test_val_and_test_may_lack_classes(tmp_path, imagenet_tree, monkeypatch, cap
     assert "val: 3 images, 2 classes of 2 to 1 images; 2 of 4 classes have none\n" in out
 
 
-def test_what_is_wrong_in_an_index_is_named(tmp_path, imagenet_tree):
+def test_errors_in_an_index_are_named(tmp_path, imagenet_tree):
     for split, keep, more, says in (
         ("train", 45, "train/a.jpg\n", "train.txt:46: 'train/a.jpg' is not \"path label\""),
         ("train", 45, "train/a.jpg one\n", "train.txt:46: 'train/a.jpg one' is not"),
@@ -204,7 +204,7 @@ def test_what_is_wrong_in_an_index_is_named(tmp_path, imagenet_tree):
         refused(f"{tmp_path}/ImageNet_LT_{says}", "imagenet_lt", imagenet_tree, tmp_path)
 
 
-def test_inaturalists_own_annotations_do_as_well_as_an_index(tmp_path):
+def test_inaturalist_annotations_are_read_like_an_index(tmp_path):
     for split, labels in (("train", [0, 0, 0, 1]), ("val", [0, 1])):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{split}0.jpg")
         images = [dict(id=100 + n, file_name=f"{split}{n}.jpg") for n in range(len(labels))]
@@ -220,13 +220,13 @@ def test_inaturalists_own_annotations_do_as_well_as_an_index(tmp_path):
         refused("val2018.json(:2: 'val1.jpg (-1|7)')? is not", "inaturalist18", tmp_path)
 
 
-def test_folders_of_your_own_are_taken_as_they_are(tmp_path):
+def test_train_val_and_test_folders_are_read_as_splits(tmp_path):
     folders(tmp_path, train=dict(cat=9, ant=5, dog=0), val=dict(ant=2, cat=3), test=dict(cat=1))
     sets = load_dataset("imagefolder", tmp_path)
     assert labels_of(sets) == dict(train=[5, 9], val=[2, 3], test=[0, 1])  # test may lack a class
     assert sets["train"].names == ["ant", "cat"]
     assert sets["val"].path(0).parent == tmp_path / "val" / "ant"
-    for name in ("valid", "Validation", "Val"):  # common names of it
+    for name in ("valid", "Validation", "Val"):  # other common names of val
         (sets["val"].path(0).parent.parent).rename(tmp_path / name)
         sets = load_dataset("imagefolder", tmp_path)
         assert sets["val"].path(0).parent == tmp_path / name / "ant"
@@ -235,10 +235,10 @@ def test_folders_of_your_own_are_taken_as_they_are(tmp_path):
     shutil.rmtree(tmp_path / "train")
     refused("/train: no images in class folders; they belong in", "imagefolder", tmp_path)
     root = folders(tmp_path / "one", train=dict(cat=9))
-    refused("/train: only one class, cat; it needs at least two", "imagefolder", root)
+    refused("/train: only one class, cat; at least two are needed", "imagefolder", root)
 
 
-def test_folders_of_classes_alone_are_the_training_set(tmp_path):
+def test_class_folders_without_splits_are_the_training_set(tmp_path):
     for name, count in dict(ant=5, cat=40).items():
         folders(tmp_path, **{name: {"": count}})
     sets = load_dataset("imagefolder", tmp_path)
@@ -247,14 +247,14 @@ def test_folders_of_classes_alone_are_the_training_set(tmp_path):
     assert sets["test"].path(0).parent == tmp_path / "ant"
 
 
-def test_unsorted_images_in_test_are_no_test_set(tmp_path, capsys):
+def test_images_in_test_without_class_folders_are_ignored(tmp_path, capsys):
     folders(tmp_path, train=dict(ant=9, cat=9), test={"": 5})
     sets = load_dataset("imagefolder", tmp_path)
     assert len(sets["test"]) >= 2 and sets["test"].path(0).parent == tmp_path / "train" / "ant"
     assert f"{tmp_path}/test: 5 files are left out" in capsys.readouterr().err
 
 
-def test_files_that_are_no_images_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys):
+def test_non_images_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys):
     hidden = {".cache": 2, "ant/.ipynb_checkpoints": 1}
     folders(tmp_path, train={"ant": 9, "bee": 9} | hidden, val=dict(ant=1, bee=1))
     for name in ("ant/a.gif", "ant/b.heic", "bee/._1.png", "loose.png"):
@@ -266,19 +266,19 @@ def test_files_that_are_no_images_and_hidden_folders_are_left_out_and_counted(tm
     assert said.startswith(f"{tmp_path}/train: 7 files are left out; ") and said.count("\n") == 1
 
 
-def test_what_folders_lack_is_held_out_of_train(tmp_path):
+def test_missing_splits_are_held_out_of_train(tmp_path):
     sets = load_dataset("imagefolder", folders(tmp_path / "a", train=dict(ant=60, cat=3)))
     paths = [path for dataset in sets.values() for path in dataset.paths.tolist()]
     assert len(set(paths)) == len(paths) == 63  # nothing twice, nothing lost
     for dataset in sets.values():
         assert [b"/cat/" in path for path in dataset.paths.tolist()] == dataset.labels.tolist()
-    (tmp_path / "a").rename(tmp_path / "b")  # wherever they lie
+    (tmp_path / "a").rename(tmp_path / "b")  # the root does not matter
     again = load_dataset("imagefolder", folders(tmp_path / "b", val=dict(ant=4, cat=2)))
     assert labels_of(again)["val"] == [4, 2]
     assert again["test"].paths.tolist() == sets["test"].paths.tolist()
 
 
-def test_no_image_is_held_out_of_a_class_of_one_or_two(tmp_path):
+def test_classes_of_one_or_two_images_are_not_held_out(tmp_path):
     sets = load_dataset("imagefolder", folders(tmp_path / "a", train=dict(ant=3, bee=1, cat=2)))
     assert labels_of(sets) == dict(train=[1, 1, 2], val=[1], test=[1])
     both = dict(train=dict(ant=3, bee=2), test=dict(ant=1, bee=1))
@@ -291,7 +291,7 @@ def test_no_image_is_held_out_of_a_class_of_one_or_two(tmp_path):
     refused("/train: no class has the three images", "imagefolder", root)
 
 
-def test_the_path_of_an_image_alone_says_whether_it_is_held_out():
+def test_hold_out_depends_only_on_the_path_of_an_image():
     def splits_of(paths):
         return dict(zip(paths, data.hold_out(paths, [path[:3] for path in paths], ["test", "val"])))
 
@@ -302,7 +302,7 @@ def test_the_path_of_an_image_alone_says_whether_it_is_held_out():
             assert abs(list(whole.values())[label::2].count(split) - 2500 * share) < 80
     some = np.random.default_rng(0).permutation(paths)[:1000].tolist()  # of the same classes
     assert splits_of(some).items() <= whole.items()
-    # However small a class is, from three images on: each split has one of it.
+    # Of a class with three images, each split gets one.
     small = splits_of([b"%03d/%d.png" % (n // 3, n) for n in range(900)])
     assert len({(path[:3], split) for path, split in small.items()}) == 900
 
@@ -311,7 +311,7 @@ def test_the_path_of_an_image_alone_says_whether_it_is_held_out():
 
 
 def photograph(generator, width, height):
-    """A made image with the 1/f spectrum of natural ones: uint8 [height, width, 3]."""
+    """A synthetic image with the 1/f spectrum of natural ones: uint8 [height, width, 3]."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf
 
@@ -344,7 +344,7 @@ def test_images_of_every_kind_become_rgb(mode, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
-def test_grey_of_16_bits_is_read_as_8(kind, tmp_path):
+def test_16_bit_grey_is_read_as_8_bit(kind, tmp_path):
     pixels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     if kind == "pgm":
         (tmp_path / "a.pgm").write_bytes(b"P5 64 64 65535\n" + pixels.astype(">u2").tobytes())
@@ -354,7 +354,7 @@ def test_grey_of_16_bits_is_read_as_8(kind, tmp_path):
     assert torch.equal(read(tmp_path / f"a.{kind}"), expected)
 
 
-def test_a_jpeg_has_the_pixels_of_pillow(tmp_path):
+def test_jpeg_pixels_match_pillow(tmp_path):
     pixels = photograph(np.random.default_rng(0), 90, 60)
     for options in (dict(quality=90), dict(quality=60, progressive=True), dict(subsampling=0)):
         Image.fromarray(pixels).save(tmp_path / "a.jpg", **options)
@@ -362,7 +362,7 @@ def test_a_jpeg_has_the_pixels_of_pillow(tmp_path):
             assert_close(read(tmp_path / "a.jpg"), pil_to_tensor(image), atol=1, rtol=0)
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path, imagenet_tree):
+def test_unreadable_images_are_named_with_the_reason(tmp_path, imagenet_tree):
     whole = next((imagenet_tree / "train" / "n00000000").iterdir()).read_bytes()
     for name, content in (("cut", whole[: len(whole) // 2]), ("none", b""), ("text", b"Sorry.")):
         (tmp_path / name).write_bytes(content)
@@ -375,7 +375,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, imagenet_tree):
             read(tmp_path / name)
 
 
-def test_files_are_cut_as_torchvision_cuts_them(imagenet_tree):
+def test_crops_of_files_match_torchvision(imagenet_tree):
     train = load_dataset("imagenet_lt", imagenet_tree)["train"]
     views = train.views([3, 30, 44], [7, 8, 9], small_recipe("imagenet_lt", view_size=32), 2)
     assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8
@@ -391,8 +391,8 @@ def test_files_are_cut_as_torchvision_cuts_them(imagenet_tree):
 
 
 @pytest.mark.parametrize("crops, widths", [(2, {400, 200, 100}), (0, {100})])
-def test_a_reduced_decode_gives_the_same_view(crops, widths, tmp_path, monkeypatch):
-    # Red grows from left to right, green downwards: they tell the position. Blue is a photograph's.
+def test_reduced_decoding_gives_the_same_views(crops, widths, tmp_path, monkeypatch):
+    # Red grows from left to right, green downwards: they show the position. Blue is a photograph.
     pixels = photograph(np.random.default_rng(0), 800, 600)
     pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, 800), np.linspace(0, 255, 600)[:, None]
     Image.fromarray(pixels).save(tmp_path / "0.jpg", quality=95, subsampling=0)
@@ -408,19 +408,19 @@ def test_a_reduced_decode_gives_the_same_view(crops, widths, tmp_path, monkeypat
     monkeypatch.setattr(data, "decode", decode)
     differ = reduced - dataset.views(*call).float()
     assert seen == widths
-    # Within half a pixel of an eighth of the image; and sharp, blue's deviation is 49.
+    # Positions agree within half a pixel of the 1/8 image; blue, with deviation 49, stays sharp.
     assert differ[:, :, :2, ::47, ::47].abs().max() < 4 * 255 / 600 + 2
     assert differ[:, :, :2].mean().abs() < 0.2 and 0 < differ[:, :, 2].abs().mean() < 4
 
 
-def test_batches_have_memory_of_their_own_as_pinning_demands(imagenet_tree):
+def test_batches_own_their_memory_as_pinning_requires(imagenet_tree):
     for dataset in (SHIPPED["train"], load_dataset("imagenet_lt", imagenet_tree)["train"]):
         for crops in (0, 1, 2):
             views = dataset.views([0, 1], [5, 6], small_recipe("imagenet_lt"), crops)
             assert all(views.stride()) and views.numel() == views.untyped_storage().nbytes()
 
 
-def test_an_epoch_shows_every_image_at_most_once_and_epochs_differ():
+def test_epochs_contain_every_image_at_most_once_and_differ():
     batches = [indices for indices, _ in Batches(torch.zeros(50).long(), 8, 3, seed=0)]
     assert len(batches) == 18 and all(len(batch) == 8 for batch in batches)
     epochs = [sum(batches[i : i + 6], []) for i in (0, 6, 12)]
@@ -429,7 +429,7 @@ def test_an_epoch_shows_every_image_at_most_once_and_epochs_differ():
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_batches_resume_anywhere_and_ranks_share_them_out(balanced):
+def test_batches_resume_at_any_step_and_are_split_over_ranks(balanced):
     labels, options = torch.arange(60) % 4, dict(seed=3, balanced=balanced)
     whole = list(Batches(labels, 10, 4, **options))
     assert list(Batches(labels, 10, 4, start=7, **options)) == whole[7:]
@@ -438,7 +438,7 @@ def test_batches_resume_anywhere_and_ranks_share_them_out(balanced):
     assert len({seed for _, seeds in whole for seed in seeds}) == 240
     assert list(Batches(labels, 10, 4, seed=4, balanced=balanced)) != whole
     for batch_size, world in ((61, 1), (9, 2)):
-        with pytest.raises(BadInput, match=f"--batch-size {batch_size} must divide among {world}"):
+        with pytest.raises(BadInput, match=f"size {batch_size} must be a multiple of {world} "):
             Batches(labels, batch_size, 1, world=world, **options)
 
 
@@ -453,7 +453,7 @@ def test_class_balanced_sampling_draws_classes_and_their_images_uniformly():
 # ----------------------------------------------------------------------------- views and patches
 
 
-def test_random_boxes_are_distributed_as_random_resized_crops():
+def test_random_boxes_match_random_resized_crop_in_distribution():
     torch.manual_seed(0)
     boxes = data.random_boxes(drawn(20000), 224, (0.08, 1.0))
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -468,8 +468,8 @@ def test_random_boxes_are_distributed_as_random_resized_crops():
     assert_close(ours.std(0), theirs.std(0), atol=2, rtol=0)
 
 
-def test_crop_is_a_resize_of_box_i_of_image_i_with_half_pixel_centres():
-    # On a ramp a crop must give the coordinates of its own pixels' centres; image 1 falls.
+def test_crop_resizes_box_i_of_image_i_with_half_pixel_centres():
+    # A crop of a ramp must give the coordinates of its pixels' centres; image 1 is negated.
     ramp = torch.arange(28.0).add(0.5).expand(1, 1, 28, 28)
     boxes = [[4, 3, 20, 27], [1, 0.5, 27, 27], [5, 5, 13, 13], [2.5, 1, 26.5, 9]]
     out = crop(torch.cat([ramp, -ramp]), torch.tensor(boxes), 8)
@@ -478,13 +478,13 @@ def test_crop_is_a_resize_of_box_i_of_image_i_with_half_pixel_centres():
         assert_close(row, sign * centres, atol=1e-3, rtol=0)
 
 
-def test_each_colour_change_is_torchvisions():
+def test_each_colour_change_matches_torchvision():
     torch.manual_seed(0)
     images = 0.3 + 0.3 * torch.rand(50, 3, 16, 16)  # away from the clamps
     for position, name in enumerate(("brightness", "contrast", "saturation")):
         jitter = [0.3 * (position == n) for n in range(4)]
         matrices = color_matrices(images.mean((2, 3)), drawn(50), jitter)
-        factors = (matrices[:, 0, 0] - matrices[:, 1, 0]).tolist()  # of each of the three changes
+        factors = (matrices[:, 0, 0] - matrices[:, 1, 0]).tolist()  # for all three changes
         assert 0.7 <= min(factors) < 0.75 and 1.25 < max(factors) <= 1.3
         for image, factor, ours in zip(images, factors, data.color_transform(images, matrices)):
             assert_close(ours, getattr(TF, f"adjust_{name}")(image, factor), atol=2e-3, rtol=0)
@@ -493,7 +493,7 @@ def test_each_colour_change_is_torchvisions():
     assert_close(grey, TF.rgb_to_grayscale(images, 3), atol=1e-3, rtol=0)
 
 
-def test_hue_keeps_grey_luma_and_chroma_and_turns_red_to_yellow_and_magenta():
+def test_hue_keeps_grey_luma_and_chroma_and_turns_red_both_ways():
     turn = color_matrices(torch.zeros(50, 3), drawn(50), (0, 0, 0, 0.1))[:, :, :3]
     colors, to_yiq = torch.tensor([[1.0, 1, 1], [1, 0, 0]]).T, torch.tensor(data.RGB_TO_YIQ).float()
     (y, *iq), before = (to_yiq @ turn @ colors).unbind(1), to_yiq @ colors
@@ -503,7 +503,7 @@ def test_hue_keeps_grey_luma_and_chroma_and_turns_red_to_yellow_and_magenta():
     assert (green > 0.1).any() and (blue > 0.1).any()
 
 
-def test_colour_changes_come_with_their_probabilities():
+def test_colour_changes_are_applied_with_their_probabilities():
     matrices = color_matrices(torch.rand(4000, 3), drawn(4000), [0.4] * 4, jitter_p=0.8, grey_p=0.3)
     unchanged = (matrices == torch.eye(3, 4)).flatten(1).all(1).sum()
     assert abs((matrices[:, 0] == matrices[:, 1]).all(1).sum() - 4000 * 0.3) < 100
@@ -511,7 +511,7 @@ def test_colour_changes_come_with_their_probabilities():
 
 
 @pytest.mark.parametrize("tint, tolerance", [((1, 1, 1), 0.01), ((1, 0.2, 0.3), 0.04)])
-def test_colours_are_distributed_as_torchvisions(tint, tolerance):
+def test_colours_match_torchvision_in_distribution(tint, tolerance):
     def moments(x):
         return torch.stack([x.mean((0, 2, 3)), x.std((0, 2, 3)), x.mean((2, 3)).std(0)])
 
@@ -528,7 +528,7 @@ def test_colours_are_distributed_as_torchvisions(tint, tolerance):
     assert_close(moments(ours), moments(theirs), atol=tolerance, rtol=0)
 
 
-def test_blur_is_torchvisions_gaussian_and_leaves_the_rest():
+def test_blur_matches_torchvision_and_skips_other_images():
     torch.manual_seed(0)
     images = torch.rand(40, 3, 32, 32)
     blurred = data.random_blur(images, drawn(40), 1.0, sigma=(1.5, 1.5))
@@ -537,7 +537,7 @@ def test_blur_is_torchvisions_gaussian_and_leaves_the_rest():
     assert 8 < ((some - images).abs().amax((1, 2, 3)) < 1e-6).sum() < 32
 
 
-def test_patches_are_the_boxes_of_the_query_view_before_its_colours():
+def test_patches_are_cut_from_the_query_view_before_colour_changes():
     images = SHIPPED["train"].images[::100]
     recipe = small_recipe("fashion_mnist_lt", query_jitter=(0,) * 4, grey_p=0.0, patches=5)
     query, boxes, patches = query_views(images, drawn(25), recipe)
@@ -549,13 +549,13 @@ def test_patches_are_the_boxes_of_the_query_view_before_its_colours():
     assert (straight | flipped).all() and 0.3 < straight.float().mean() < 0.7
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1) / 20**2
     assert 0.0499 <= area.min() and area.max() <= 0.6001
-    flat = torch.full((9, 1, 28, 28), 128).byte()  # each patch gets colour changes of its own
+    flat = torch.full((9, 1, 28, 28), 128).byte()  # each patch gets its own colour changes
     jittered = small_recipe("fashion_mnist_lt", query_jitter_p=1.0, patches=2)
     _, _, patches = query_views(flat, drawn(9), jittered)
     assert ((patches[0] - patches[1]).abs().amax((1, 2, 3)) > 0.01).float().mean() > 0.5
 
 
-def test_each_view_is_changed_as_its_recipe_says_and_standardised():
+def test_views_follow_their_settings_and_are_standardised():
     whole = data.evaluation_view(SHIPPED["train"].images[None], small_recipe("fashion_mnist_lt"))
     assert whole.mean().abs() < 0.1 and (whole.std() - 1).abs() < 0.1
     red = torch.tensor([200, 20, 40]).byte().view(1, 3, 1, 1).expand(9, 3, 20, 20)
@@ -571,7 +571,7 @@ def test_each_view_is_changed_as_its_recipe_says_and_standardised():
 
 @pytest.mark.parametrize("rows", [slice(8, 16), torch.arange(24).flip(0)[::3]])
 @pytest.mark.parametrize("dataset", ["fashion_mnist_lt", "imagenet_lt"])
-def test_a_process_sees_the_views_that_one_process_would_make_of_its_images(dataset, rows):
+def test_views_of_an_image_do_not_depend_on_the_processes(dataset, rows):
     def views(rows=slice(None), seed=0):
         of = images[rows], drawn(24, rows, seed), small_recipe(dataset, patches=3)
         query, boxes, patches = query_views(*of)
@@ -583,8 +583,8 @@ def test_a_process_sees_the_views_that_one_process_would_make_of_its_images(data
         assert torch.equal(again, whole) and not torch.equal(other, whole)
 
 
-def test_the_sheet_of_views_shows_what_the_networks_see(tmp_path):
-    # Red grows to the right, green downwards: colours tell where a view or a patch is from.
+def test_drawn_views_show_what_the_networks_see(tmp_path):
+    # Red grows to the right, green downwards: colours show where a view or a patch is from.
     ramp = torch.linspace(0, 200, 32).byte().expand(32, 32)
     images = torch.stack([ramp, ramp.T, torch.full_like(ramp, 90)]).expand(8, 3, 32, 32)
     still = dict(query_jitter_p=0.0, grey_p=0.0, key_jitter=(0,) * 4, view_size=32, seed=5)
@@ -607,14 +607,14 @@ def test_the_sheet_of_views_shows_what_the_networks_see(tmp_path):
 
 
 def command(monkeypatch, capsys, script, *arguments):
-    """Runs a script's main as its command does: exit code, standard output and error."""
+    """Run a script's main like its command; returns exit code, standard output and error."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         data.run(script.main)
     return end.value.code, *capsys.readouterr()
 
 
-def test_a_data_set_is_checked_before_training(tmp_path, imagenet_tree, monkeypatch, capsys):
+def test_check_reports_counts_and_unusable_files(tmp_path, imagenet_tree, monkeypatch, capsys):
     root = tmp_path / "copy"
     call = monkeypatch, capsys, data, "--dataset", "imagenet_lt", "--data-root", root
     shutil.copytree(imagenet_tree, root)
@@ -622,12 +622,12 @@ def test_a_data_set_is_checked_before_training(tmp_path, imagenet_tree, monkeypa
     cut = root / "val/n00000001/test_0.JPEG"
     cut.write_bytes(cut.read_bytes()[:300])
     with open(root / "ImageNet_LT_val.txt", "a") as file:
-        file.write("train/n00000003/train_0.JPEG 3\n")  # as in train
+        file.write("train/n00000003/train_0.JPEG 3\n")  # also in train
     code, out, _ = command(*call)
     counted = [
         "train: 45 images, 4 classes of 24 to 3 images: 0 many-, 1 medium- and 3 few-shot\n",
         "val: 9 images, 4 classes of 3 to 2 images\n", "test: 12 images, 4 classes of 3 images\n",
-        "ImageNet_LT_train.txt: 45 images, 115,846 published",
+        "ImageNet_LT_train.txt: 45 images instead of the published 115,846",
     ]
     for said in (
         *counted, f"\n1 of 66 images are missing below {root}, ",
@@ -638,7 +638,7 @@ def test_a_data_set_is_checked_before_training(tmp_path, imagenet_tree, monkeypa
     assert code == 1 and "test_0.JPEG" not in out
     code, out, _ = command(*call, "--decode")
     assert code == 1 and "problems: 5\n" in out and f"{cut} cannot be read" in out
-    # Counts and classes are told even if no image is there.
+    # Counts and classes are printed even if all images are missing.
     shutil.rmtree(root / "train")
     shutil.rmtree(root / "val")
     code, out, _ = command(*call)
@@ -648,7 +648,7 @@ def test_a_data_set_is_checked_before_training(tmp_path, imagenet_tree, monkeypa
     assert len(missing) == 10 and f"  {root}/train/n00000000/train_0.JPEG" in missing
 
 
-def test_the_check_of_the_shipped_set_finds_no_problem_wherever_it_is_called(tmp_path):
+def test_check_of_the_shipped_set_passes_from_any_directory(tmp_path):
     check = [sys.executable, data.HERE / "data.py"]
     done = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and not done.stderr and "train: 2,478 images" in done.stdout
@@ -661,13 +661,13 @@ def test_workers_leave_a_core_to_each_process(usable, processes, workers, monkey
     assert data.cores() == workers
 
 
-def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys):
+def test_bad_input_prints_one_line_and_exits_with_2(monkeypatch, capsys):
     for arguments, says in (
         ("--dataset imagenet_lt", "--data-root must be the directory of imagenet_lt's"),
         ("--patches 0", "--patches: must be from 1 to 1024, got 0"),
         ("--blur-p nan", "--blur-p: must be from 0 to 1, got nan"),
-        ("--crop-scale 1 0.1", "--crop-scale: the smallest comes first"),
-        ("--patch-siz 8", "unrecognized arguments: --patch-siz"),  # no prefixes
+        ("--crop-scale 1 0.1", "--crop-scale: the smaller value must come first"),
+        ("--patch-siz 8", "unrecognized arguments: --patch-siz"),  # no abbreviations
         ("--views nowhere/views.png", "nowhere/views.png: No such file or directory"),
     ):
         code, out, said = command(monkeypatch, capsys, data, *arguments.split())
@@ -676,7 +676,7 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dataset", data.DATASETS)
-def test_help_shows_the_recipe_of_the_data_set(dataset, monkeypatch, capsys, tmp_path):
+def test_help_shows_the_settings_of_the_data_set(dataset, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.chdir(tmp_path)
     for script, groups in ((data, ["views"]), (train, ["views", "stage1"]), (stage2, ["stage2"])):

@@ -1,4 +1,4 @@
-"""Metrics by shots, what the linear classifier leaves alone, kNN, summary, export and images."""
+"""Metrics by many, medium and few, linear classifiers, kNN, summary, export and plots."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ from eval import (
 CPU = torch.device("cpu")
 
 
-def test_metrics_are_class_means_by_group_and_none_where_a_group_is_empty():
+def test_metrics_are_class_means_by_group_and_none_for_empty_groups():
     counts = torch.tensor([500, 200, 50, 30, 10])
     tally = torch.tensor([[2, 4, 2, 2, 2], [2, 2, 1, 0, 1], [2, 4, 1, 1, 2]])
     results = metrics(tally, counts) | dict(reported_on="test")
@@ -40,7 +40,7 @@ def test_metrics_are_class_means_by_group_and_none_where_a_group_is_empty():
     assert "75.00" in lines[1] and "500 to 200 each" in lines[1] and len(lines) == 6
 
 
-def test_classes_without_test_images_are_in_no_mean_and_the_table_says_so():
+def test_classes_without_test_images_are_left_out_and_reported():
     counts = torch.tensor([500, 200, 50, 30, 10])
     tally = torch.tensor([[2, 0, 2, 2, 0], [2, 0, 1, 0, 0], [2, 0, 1, 1, 0]])
     results = metrics(tally, counts) | dict(reported_on="test")
@@ -53,20 +53,21 @@ def test_classes_without_test_images_are_in_no_mean_and_the_table_says_so():
     assert lines[-1] == "2 of 5 classes have no test image and are left out"
 
 
-def test_the_worst_confusions_are_named_largest_shares_first():
+def test_worst_confusions_are_listed_by_rate():
     taken_for = torch.tensor([[6, 4, 0], [1, 9, 0], [0, 2, 2]])
     assert worst_confusions(taken_for, ["Shirt", "T-shirt", "Coat"]) == [
-        "Coat is called T-shirt: 50 % of 4 images", "Shirt is called T-shirt: 40 % of 10 images",
-        "T-shirt is called Shirt: 10 % of 10 images",
+        "Coat predicted as T-shirt: 50 % of 4 images",
+        "Shirt predicted as T-shirt: 40 % of 10 images",
+        "T-shirt predicted as Shirt: 10 % of 10 images",
     ]
     taken_for[2] = torch.tensor([0, 0, 4])
     assert len(worst_confusions(taken_for, "abc")) == 2  # a class that is always right is not named
 
 
 class Ranks(torch.nn.Module):
-    """Class c has logit c, but for the class that an image's first pixel names: that has 2.5.
+    """Class c has logit c, except the class given by an image's first pixel, which has 2.5.
 
-    A second expert is sure of the image's class, a third as sure of the next one.
+    The second expert is certain of the image's class, the third equally of the next class.
     """
 
     def feature_maps(self, view):
@@ -87,7 +88,7 @@ class Ranks(torch.nn.Module):
 @pytest.mark.parametrize(
     "batch_size, world, workers", [(64, 1, 0), (7, 1, 2), (5, 3, 0), (5, 60, 0)]
 )
-def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size, world, workers):
+def test_correct_counts_do_not_depend_on_batches_processes_and_workers(batch_size, world, workers):
     labels = torch.arange(50) % 8
     images = torch.arange(50)[:, None, None, None].expand(-1, 3, 2, 2) % 8
     dataset = ImageArrays(images.to(torch.uint8), labels, "made")
@@ -100,10 +101,10 @@ def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size
         tally, confusion = tally + part, confusion + taken_for
     mean, ranks, sure, wrong = tally.tolist()
     counts = labels.bincount().tolist()
-    # 2.5 stands behind 7, 6, 5, 4 and 3, those of them that it has not replaced.
+    # The logit 2.5 ranks behind 7, 6, 5, 4 and 3, unless it has replaced one of them.
     assert ranks == [counts, [0] * 8, [0, 0, 0] + counts[3:]]
     assert sure == [counts, counts, counts] and wrong[:2] == [counts, [0] * 8]
-    # Between the two that are sure the first decides: 2.5 against the next class's 0 to 7.
+    # The other two cancel, so the first expert decides: 2.5 against the next class's 0 to 7.
     assert mean == [counts, [*counts[:2], 0, 0, 0, 0, 0, counts[7]], counts]
     assert confusion.sum(1).tolist() == counts and confusion.diagonal().tolist() == mean[1]
     for label in range(2, 7):
@@ -113,14 +114,14 @@ def test_right_answers_do_not_depend_on_batches_processes_and_workers(batch_size
 def classifier(arch, experts=1):
     run = recipe_of("imagenet_lt", "views", "stage1", arch=arch, experts=experts)
     encoder = classifier_of(run, {}, 7, 0, keep_heads=False)
-    for module in encoder.modules():  # running statistics that are not those of the start
+    for module in encoder.modules():  # change the initial running statistics
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
     return encoder, run
 
 
 @pytest.mark.parametrize("bn", ["eval", "train"])
-def test_only_the_classifiers_train_and_bn_decides_about_the_statistics(bn):
+def test_only_classifiers_train_and_bn_decides_if_statistics_change(bn):
     encoder, _ = classifier("resnet_small", experts=2)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     logits = encoder.train(bn == "train").heads(features_of(encoder, torch.randn(8, 3, 28, 28), ""))
@@ -132,7 +133,7 @@ def test_only_the_classifiers_train_and_bn_decides_about_the_statistics(bn):
     assert moved == (bn == "train")
 
 
-def test_the_regression_is_the_minimum_of_its_objective():
+def test_regression_reaches_the_minimum_of_its_objective():
     torch.manual_seed(0)
     labels = torch.arange(400).sqrt().long() // 5  # four classes of 25 to 175
     log_prior = (labels.bincount() / 400).log()
@@ -140,14 +141,14 @@ def test_the_regression_is_the_minimum_of_its_objective():
     weight, bias = (part.requires_grad_() for part in regression(features, labels, log_prior, 0.01))
     logits = features @ weight.T + bias + log_prior.double()
     objective = torch.nn.functional.cross_entropy(logits, labels) + 0.01 * weight.square().sum()
-    objective.backward()  # convex: where the gradient is 0 is the minimum
+    objective.backward()  # convex: the gradient is 0 at the minimum
     assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
-    # Features that say nothing: the prior explains the labels, and the logits prefer no class.
+    # Uninformative features: the prior explains the labels, and the logits prefer no class.
     weight, bias = regression(torch.randn(400, 3) * 1e-3, labels, log_prior, 1.0)
     assert weight.abs().max() < 1e-2 and (bias - bias.mean()).abs().max() < 1e-2
 
 
-def test_the_regression_sums_over_chunks():
+def test_regression_sums_over_chunks():
     torch.manual_seed(0)
     features, labels = torch.randn(20000, 5), torch.randint(3, (20000,))
     labels[:50], features[:50] = 0, 3.0
@@ -165,16 +166,16 @@ def test_the_regression_sums_over_chunks():
     assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
 
 
-def test_a_fit_is_of_the_features_as_they_are_each_experts_its_own(monkeypatch):
+def test_classifiers_are_fitted_per_expert_and_apply_to_raw_features(monkeypatch):
     torch.manual_seed(0)
     encoder, _ = classifier("resnet_small", experts=2)
     labels = torch.arange(140) % 7
     features = 5 + 3 * torch.randn(2, 140, 128) + 4 * torch.randn(2, 7, 128)[:, labels]
-    features[:, :, 9] = 0  # a feature that says nothing
+    features[:, :, 9] = 0  # a constant feature
     monkeypatch.setattr(stage2, "split_features", lambda *_: features.clone())
     dataset, args = ImageArrays(None, labels, ""), argparse.Namespace(penalty=(0.01, 1.0))
     best = stage2.fit_classifier(encoder, dataset, None, args, None, (0, 1, CPU))
-    assert best == dict(accuracy=None, penalty=0.01)  # without val the first
+    assert best == dict(accuracy=None, penalty=0.01)  # the first, without val
     std, mean = torch.std_mean(features, 1)
     standardised = (features - mean[:, None]) / std.clamp(min=1e-6)[:, None]
     log_prior = torch.full((7,), 1 / 7).log()
@@ -186,7 +187,7 @@ def test_a_fit_is_of_the_features_as_they_are_each_experts_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("world, count", [(1, 20), (3, 20), (4, 2)])
-def test_features_of_all_processes_are_in_the_order_of_the_images(world, count, monkeypatch):
+def test_gathered_features_are_in_the_order_of_the_images(world, count, monkeypatch):
     images = torch.arange(count)[:, None, None, None].expand(-1, 1, 2, 2).to(torch.uint8)
     dataset = ImageArrays(images, torch.zeros(count).long(), "made")
     encoder = torch.nn.Module()
@@ -203,7 +204,7 @@ def test_features_of_all_processes_are_in_the_order_of_the_images(world, count, 
     assert features[0, :, 0].tolist() == list(range(count))
 
 
-def test_nearest_neighbours_vote_by_their_cosine_and_classes_count_alike(monkeypatch):
+def test_knn_votes_are_weighted_by_cosine_and_classes_count_equally(monkeypatch):
     rows = torch.nn.functional.normalize(torch.eye(4)[[0, 0, 1, 2, 3, 3]] + 0.5 * torch.eye(4)[1])
     monkeypatch.setattr(stage2, "split_features", lambda _, dataset, *rest: dataset.images[None])
     bank = ImageArrays(torch.eye(5)[:, :4], torch.tensor([0, 1, 1, 2, 3]), "")  # 3 is not held out
@@ -225,7 +226,7 @@ def write_results(run, accuracies, seed=0, alpha=0.1, lr=10.0):
     return run
 
 
-def test_the_summary_groups_runs_that_differ_in_seed_alone(tmp_path, capsys):
+def test_summary_groups_runs_that_differ_only_in_seed(tmp_path, capsys):
     runs = [
         write_results(tmp_path / "a", (90, 80, None, 70), seed=0),
         write_results(tmp_path / "b", (92, 81, None, 74), seed=1),
@@ -233,7 +234,7 @@ def test_the_summary_groups_runs_that_differ_in_seed_alone(tmp_path, capsys):
         write_results(tmp_path / "d", (50, 40, None, 35), lr=1.0),
     ]
     printed = stage2.summary([*runs, tmp_path / "unfinished"])
-    assert "1 of 5 have no results" in capsys.readouterr().err
+    assert "1 of 5 runs have no results" in capsys.readouterr().err
     header, *rows = [line.split() for line in printed.splitlines()]
     assert header == ["many", "medium", "few", "all", "seeds"]
     assert rows == [
@@ -248,7 +249,7 @@ def test_the_summary_groups_runs_that_differ_in_seed_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
-def test_an_exported_network_is_torchvisions_own(arch, tmp_path):
+def test_exported_weights_give_the_same_logits_in_torchvision(arch, tmp_path):
     encoder, run = classifier(arch)
     stage2.export(tmp_path / "model.pth", encoder, run, list("abcdefg"))
     resnet = torchvision.models.get_model(arch, num_classes=7).eval()
@@ -263,20 +264,20 @@ def test_an_exported_network_is_torchvisions_own(arch, tmp_path):
     assert (card["resize"], card["crop"], card["mean"][0]) == (256, 224, 0.485)
 
 
-def test_bars_stand_at_their_accuracy_in_the_colour_of_their_shots(tmp_path):
+def test_accuracy_bars_have_the_right_height_and_group_colour(tmp_path):
     results = dict(counts=[10, 500, 50], per_class=[100.0, 50.0, None], reported_on="test")
     results |= dict(many=50.0, medium=None, few=100.0, all=75.0)  # bags have no test image
     stage2.draw_accuracy(tmp_path / "a.png", results, ["bööts", "shirts", "bags"])
     many, few = stage2.SHOTS["many"], stage2.SHOTS["few"]
-    with Image.open(tmp_path / "a.png") as image:  # shirts, bags, boots; 50 pixels each from 40 on
+    with Image.open(tmp_path / "a.png") as image:  # shirts, bags, boots: each 50 pixels, from x=40
         assert image.getpixel((60, 340 - 145)) == many != image.getpixel((60, 340 - 155))
         assert image.getpixel((160, 42)) == few and image.getpixel((160, 338)) == few
         assert image.getpixel((110, 335)) not in (many, few)
         names = image.crop((40, 344, 190, 460)).convert("L")
-        assert len(names.getcolors()) > 5  # they are written
+        assert len(names.getcolors()) > 5  # the names are drawn
 
 
-def test_an_activation_map_is_red_where_the_images_class_is_seen_and_blue_elsewhere(tmp_path):
+def test_activation_map_is_red_where_the_class_is_seen_and_blue_elsewhere(tmp_path):
     encoder, run = classifier("resnet_small", experts=2)
     feature_map = torch.zeros(2, 128, 4, 4)
     feature_map[:, 5, 0, 0] = feature_map[:, 6, 3, 3] = 1.0
@@ -285,7 +286,7 @@ def test_an_activation_map_is_red_where_the_images_class_is_seen_and_blue_elsewh
         head.weight.data[0, 5] = head.weight.data[1, 6] = 1.0
     encoder.feature_maps = lambda view: [feature_map, feature_map]
     path, counts = tmp_path / "m.png", torch.tensor([5, 9, 2])  # the last has no test image
-    for level in (0, 255):  # on dark images as on light ones
+    for level in (0, 255):  # on dark and on light images
         dataset = ImageArrays(torch.full((2, 1, 28, 28), level).byte(), torch.tensor([0, 1]), "")
         stage2.draw_activation(path, encoder, dataset, counts, run, ["a", "b", "c"], CPU)
         with Image.open(path) as image:  # tiles of 320 x 196 pixels: the image, and its map

@@ -23,7 +23,7 @@ def unit(*shape, dtype=torch.float64, seed=0):
 def batch(size=6, bank=20, dim=5, patches=3, classes=4, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(classes, (size,), generator=generator)
-    labels[0] = 99  # an anchor without class mates
+    labels[0] = 99  # an anchor whose P_i is empty
     return dict(
         query=unit(size, dim, dtype=dtype, seed=1).requires_grad_(),
         key=unit(size, dim, dtype=dtype, seed=2),
@@ -87,15 +87,15 @@ def close(actual, expected, tolerance):
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-# What the published losses give in float64: DSCL, PBSD; of the gradients at the queries and at the
-# patches the norm, and the product with the keys and with the regions.
+# Results of the published losses in float64: DSCL, PBSD, the norms of the gradients of queries and
+# patches, and the inner products of these gradients with keys and regions.
 PUBLISHED = [
     (
         dict(seed=1, size=16, dim=8, bank=48, patches=3, classes=4, power=1.0),
         dict(alpha=0.1, temperature=0.07),
         (12.307088786, 11.396656610, 4.346213168, 2.458282728, -1.603261169, -10.282822609),
     ),
-    (  # seven anchors of twelve have no class mate
+    (  # P_i is empty for seven of twelve anchors
         dict(seed=2, size=12, dim=16, bank=30, patches=2, classes=200, power=0.5),
         dict(alpha=1 / 9, temperature=0.1),
         (6.144562675, 6.101869188, 3.279795414, 1.792444325, -4.494672082, -4.146989922),
@@ -105,7 +105,7 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("inputs, settings, published", PUBLISHED)
-def test_values_and_gradients_are_those_of_the_published_losses(
+def test_values_and_gradients_match_the_published_losses(
     inputs, settings, published, dtype, tolerance
 ):
     seed, size, dim, bank, patches, classes, power = inputs.values()
@@ -131,7 +131,7 @@ def test_values_and_gradients_are_those_of_the_published_losses(
 
 @pytest.mark.parametrize("bank", [0, 1, 20])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0, None])
-def test_dscl_is_its_equation_written_as_loops(alpha, bank):
+def test_dscl_matches_its_equation_written_as_loops(alpha, bank):
     b = batch(bank=bank)
     ours = dscl_of(b, alpha=alpha, temperature=0.2)
     loops = loop_dscl(b, alpha, 0.2)
@@ -140,10 +140,10 @@ def test_dscl_is_its_equation_written_as_loops(alpha, bank):
 
 
 @pytest.mark.parametrize("bank", [0, 1, 20])
-def test_pbsd_is_its_equation_written_as_loops(bank):
+def test_pbsd_matches_its_equation_written_as_loops(bank):
     b = batch(bank=bank)
     ours, loops = pbsd_of(b, temperature=0.2), loop_pbsd(b, 0.2)
-    torch.testing.assert_close(ours, loops, rtol=1e-12, atol=1e-12)  # 0 by the own key alone
+    torch.testing.assert_close(ours, loops, rtol=1e-12, atol=1e-12)  # 0 for an empty bank
     of_ours, of_loops = (torch.autograd.grad(loss, b["patch"])[0] for loss in (ours, loops))
     torch.testing.assert_close(of_ours, of_loops, rtol=1e-10, atol=1e-11)
 
@@ -162,7 +162,7 @@ def test_gradients_pass_gradcheck():
 
 
 @pytest.mark.parametrize("loss", [dscl_of, pbsd_of])
-def test_a_second_derivative_is_refused_rather_than_wrong(loss):
+def test_second_derivatives_are_refused(loss):
     b = batch()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss(b), [b["query"], b["patch"]], create_graph=True, allow_unused=True)
@@ -177,7 +177,7 @@ def test_only_query_and_patch_receive_gradient():
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
-def test_bank_attention_is_the_dense_softmax_over_many_blocks(temperature):
+def test_bank_attention_matches_the_dense_softmax_over_many_blocks(temperature):
     query, bank = unit(1100, 16).requires_grad_(), unit(1300, 16, seed=1)
     logits = query @ bank.T / temperature
     logsumexp, mean = bank_attention(query, bank, temperature=temperature)
@@ -190,7 +190,7 @@ def test_bank_attention_is_the_dense_softmax_over_many_blocks(temperature):
     close(single_mean.double(), mean, 1e-4)
 
 
-def test_the_smallest_temperature_neither_overflows_nor_vanishes():
+def test_smallest_temperature_neither_overflows_nor_underflows():
     away = torch.eye(1, 8)
     for bank in (away, -away):  # logits of 1000 and -1000
         logsumexp, mean = bank_attention(away, bank, temperature=1e-3)
@@ -199,7 +199,7 @@ def test_the_smallest_temperature_neither_overflows_nor_vanishes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_inputs_are_lifted_to_float32(dtype):
+def test_half_precision_inputs_are_converted_to_float32(dtype):
     b = batch()
     half = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in b.items()}
     lifted = {k: v.float() if v.is_floating_point() else v for k, v in half.items()}
@@ -216,9 +216,9 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("mates", [1, 5, 30])
-def test_gradient_share_of_the_own_key_is_fixed_by_alpha_and_shrinks_under_scl(mates):
-    # An orthonormal contrast set lets the anchor's gradient be read off entry by entry; a negative
-    # on the anchor itself takes the softmax, so that what is left is the pull of the positives.
+def test_gradient_of_the_own_key_is_fixed_by_alpha_and_shrinks_in_scl(mates):
+    # The contrast set is orthonormal: each entry of the anchor's gradient belongs to one sample. A
+    # negative equal to the anchor takes all of the softmax, so only the positives' pull is left.
     basis = torch.eye(mates + 2, dtype=torch.float64)
     anchor = basis[:1].clone().requires_grad_()
     queue_labels = torch.zeros(mates + 1, dtype=torch.long)
@@ -237,8 +237,8 @@ def test_gradient_share_of_the_own_key_is_fixed_by_alpha_and_shrinks_under_scl(m
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.3, None])
-def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
-    # Three anchors of classes with 1, 4 and 12 mates in the queue, every embedding free to move.
+def test_free_embeddings_converge_to_the_probability_proven_in_the_paper(alpha):
+    # Three anchors with 1, 4 and 12 positives in the queue; the embeddings are optimised directly.
     sizes, labels = (1, 4, 12), torch.arange(3)
     queue_labels = labels.repeat_interleave(torch.tensor(sizes))
     contrast = torch.eye(40, dtype=torch.float64)[: 3 + sum(sizes)]
@@ -263,7 +263,7 @@ def test_free_embeddings_converge_to_the_share_the_paper_proves(alpha):
     assert own.tolist() == pytest.approx(expected, rel=0.02)
 
 
-def test_theory_counts_the_contrast_set_that_the_loss_has():
+def test_theory_uses_the_contrast_set_of_the_loss():
     b = batch()
     rows = [b[name].detach() for name in ("query", "key", "labels", "queue", "queue_labels")]
     z, z_plus, labels, bank, bank_labels = rows
@@ -273,7 +273,7 @@ def test_theory_counts_the_contrast_set_that_the_loss_has():
     close(-p.log().mean(), dscl_loss(*rows, alpha=1, temperature=0.2), 1e-12)
     contrast = torch.cat([labels, labels, bank_labels])
     assert mates.tolist() == [(contrast == label).sum() - 2 for label in labels]
-    assert mates[0] == 0 and mates[1:].min() > 0  # one anchor has no class mate
+    assert mates[0] == 0 and mates[1:].min() > 0  # P_i of one anchor is empty
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_theory_counts_the_contrast_set_that_the_loss_has():
         (dscl_of, "queue", lambda rows: None),
     ],
 )
-def test_the_bad_argument_is_named(loss, name, change):
+def test_bad_arguments_are_named(loss, name, change):
     b = batch()
     b[name] = change(b[name].detach())
     with pytest.raises((ValueError, TypeError), match=f"^{name} must"):
@@ -305,7 +305,7 @@ def test_the_bad_argument_is_named(loss, name, change):
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, 1e-40, "0.07", torch.tensor(0.07)])
-def test_a_temperature_that_is_no_positive_number_is_refused(value):
+def test_temperature_must_be_a_positive_number(value):
     b = batch()
     for call in (dscl_of, pbsd_of):
         with pytest.raises((ValueError, TypeError), match="^temperature must"):
@@ -313,12 +313,12 @@ def test_a_temperature_that_is_no_positive_number_is_refused(value):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.1", torch.tensor(0.1)])
-def test_an_alpha_outside_0_to_1_is_refused(value):
+def test_alpha_must_be_from_0_to_1(value):
     with pytest.raises(ValueError, match="^alpha must"):
         dscl_of(batch(), alpha=value)
 
 
-def test_losses_imports_torch_alone():
+def test_losses_imports_only_torch():
     source = Path(losses.__file__).read_text().splitlines()
     imports = [line for line in source if line.startswith(("import ", "from "))]
     assert {line.split()[1] for line in imports} == {"torch", "numbers"}  # and the standard library

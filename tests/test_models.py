@@ -31,7 +31,7 @@ from models import (
         ("resnet152", 64, 2048, 32),
     ],
 )
-def test_backbones_end_in_their_last_map_and_the_large_start_with_silent_blocks(
+def test_backbones_return_the_last_map_and_large_ones_zero_init_residuals(
     arch, size, channels, stride
 ):
     backbone, given = build_backbone(arch)
@@ -45,7 +45,7 @@ def test_backbones_end_in_their_last_map_and_the_large_start_with_silent_blocks(
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_smallest_view_ends_in_four_cells_and_no_stride_meets_one_pixel_of_a_patch(arch):
+def test_smallest_view_ends_in_2x2_cells_and_patches_keep_2_pixels_before_a_stride(arch):
     view, patch = smallest_sides(arch)
     backbone, before = build_backbone(arch)[0].eval(), []
     for module in backbone.modules():
@@ -60,15 +60,15 @@ def test_the_smallest_view_ends_in_four_cells_and_no_stride_meets_one_pixel_of_a
         assert cells in (None, ended) and least in (None, min(before))
 
 
-def test_resnet20_is_the_papers_but_for_its_projection_shortcuts():
+def test_resnet20_matches_its_paper_except_for_projection_shortcuts():
     backbone, _ = cifar_resnet(blocks=3, channels=16, strides=(1, 1, 2, 2))
     layers = [m for m in backbone.modules() if isinstance(m, torch.nn.Conv2d)]
     assert sum(layer.kernel_size == (3, 3) for layer in layers) == 19  # and the linear classifier
     weights = sum(layer.weight.numel() for layer in layers if layer.kernel_size == (3, 3))
-    assert round(weights / 1e6, 2) == 0.27  # as the table of the paper has it
+    assert round(weights / 1e6, 2) == 0.27  # as in the paper's table
 
 
-def test_pretrained_weights_start_every_expert_or_are_refused(tmp_path):
+def test_pretrained_weights_are_loaded_into_every_expert_or_refused(tmp_path):
     whole = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(whole, tmp_path / "resnet18.pth")
     encoder = Encoder("resnet18", experts=2)
@@ -81,13 +81,13 @@ def test_pretrained_weights_start_every_expert_or_are_refused(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"layer1.0.conv1.weight": whole["layer1.0.conv1.weight"]}, tmp_path / "part.pth")
     for file in ("resnet50.pth", "text.pth", "part.pth"):
-        with pytest.raises(ValueError, match="no file of resnet18 weights.*IMAGENET1K_V1"):
+        with pytest.raises(ValueError, match="not a file of resnet18 weights.*IMAGENET1K_V1"):
             load_pretrained(encoder, "resnet18", tmp_path / file)
     with pytest.raises(ValueError, match="Missing key|size mismatch"):
         load_pretrained(Encoder("resnet50"), "resnet50", tmp_path / "resnet18.pth")
 
 
-def test_embeddings_of_views_regions_and_patches_are_float32_unit_vectors_of_every_expert():
+def test_embeddings_of_every_expert_are_float32_unit_vectors():
     encoder = Encoder("resnet_small", experts=2)
     view, patches = torch.randn(4, 3, 28, 28), torch.randn(5, 4, 3, 12, 12)
     boxes = torch.tensor([2.0, 2.0, 20.0, 20.0]).expand(5, 4, 4)
@@ -100,14 +100,14 @@ def test_embeddings_of_views_regions_and_patches_are_float32_unit_vectors_of_eve
     assert z.requires_grad and s.requires_grad and not c.requires_grad  # the teacher is constant
 
 
-def test_experts_share_the_first_stages_and_all_patches_go_through_them_at_once():
+def test_experts_share_the_first_stages_and_patches_pass_in_one_batch():
     three, alone = Encoder("resnet_small", experts=3).eval(), Encoder("resnet_small").eval()
     view, patches = torch.randn(4, 3, 28, 28), torch.randn(2, 4, 3, 12, 12)
     boxes, sizes = torch.tensor([2.0, 2.0, 20.0, 20.0]).expand(2, 4, 4), []
     three.shared.register_forward_hook(lambda module, given, out: sizes.append(len(given[0])))
     together = three(view, boxes, patches)
     assert sizes == [4, 8]  # views, then patches
-    for j in range(2):  # which keep their places
+    for j in range(2):  # whose order is kept
         torch.testing.assert_close(three(patches[j])[0], together[2][:, j])
     alone.shared.load_state_dict(three.shared.state_dict())
     for number in range(3):
@@ -117,7 +117,7 @@ def test_experts_share_the_first_stages_and_all_patches_go_through_them_at_once(
             torch.testing.assert_close(own[0], mean[number])
 
 
-def test_patches_leave_the_running_statistics_alone_and_still_use_the_batch():
+def test_patches_do_not_change_running_statistics_but_use_the_batch():
     encoder, other = Encoder("resnet_small"), Encoder("resnet_small")
     other.load_state_dict(encoder.state_dict())
     view, patches = torch.randn(4, 3, 28, 28), 3 + torch.randn(5, 4, 3, 12, 12)
@@ -128,12 +128,12 @@ def test_patches_leave_the_running_statistics_alone_and_still_use_the_batch():
         assert torch.equal(buffer, expected), name
     encoder(view)
     assert encoder.shared.bn1.num_batches_tracked == 2
-    # In training mode a patch pass has statistics of its own: the scale of all patches vanishes.
+    # In training mode patches are normalised by their batch, so scaling them has no effect.
     one, four = (encoder(view, boxes, scale * patches)[2] for scale in (1, 4))
     torch.testing.assert_close(one, four, atol=1e-3, rtol=0)
 
 
-def test_a_region_is_where_its_box_is():
+def test_regions_are_pooled_at_their_boxes():
     # A ramp as feature map: RoIAlign of a box must give the coordinate of the box's centre, to the
     # pixel; without aligned=True or with a fixed scale it is off by half a cell or more.
     cells, view = 7, 28
@@ -145,7 +145,7 @@ def test_a_region_is_where_its_box_is():
     torch.testing.assert_close(roi_means(ramp.repeat(2, 1, 1, 1), boxes, view), centres)
 
 
-def test_the_moving_average_is_of_parameters_alone():
+def test_moving_average_updates_only_parameters():
     encoder, keys = Encoder("resnet_small"), Encoder("resnet_small").requires_grad_(False)
     before = [p.clone() for p in keys.parameters()]
     encoder(torch.randn(8, 3, 28, 28))
@@ -170,7 +170,7 @@ def test_queue_holds_the_last_keys_for_any_size_and_any_batch(size):
         assert torch.equal(queue.labels, queue.keys[0, :, 0].long() + 1000)
 
 
-def test_queue_goes_on_after_its_state_dict_is_loaded():
+def test_queue_continues_after_its_state_dict_is_loaded():
     queue, copy, half = (Queue(5, dim=2) for _ in range(3))
     queue.put(torch.randn(1, 7, 2), torch.arange(7))
     copy.load_state_dict(queue.state_dict())

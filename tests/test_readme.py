@@ -1,4 +1,4 @@
-"""What the README shows is so: its snippet runs, and the functions it maps the paper to exist."""
+"""The README is correct: its snippets run, and the code that it refers to exists."""
 
 import argparse
 import importlib
@@ -20,15 +20,13 @@ README = (HERE / "README.md").read_text()
 LOAD, LOSSES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_losses_run_as_they_stand():
+def test_losses_snippet_runs():
     names = {}
     exec(LOSSES, names)
     assert names["query"].grad.abs().sum() > 0 and names["patch"].grad.abs().sum() > 0
 
 
-def test_an_exported_network_loads_as_shown_and_classifies_as_stage_2_did(
-    tmp_path, monkeypatch, call
-):
+def test_export_snippet_loads_a_network_with_the_accuracy_of_stage_2(tmp_path, monkeypatch, call):
     random = np.random.default_rng(0)
     for split, count in dict(train=8, val=2, test=12).items():
         for name in ("ant", "bee", "cat"):
@@ -54,14 +52,14 @@ def test_an_exported_network_loads_as_shown_and_classifies_as_stage_2_did(
     assert 0 < results["top1"] < 100
 
 
-def test_every_line_of_the_paper_is_in_the_code():
+def test_every_quoted_line_of_code_exists():
     lines = re.findall(r"\| `([^|]*)` \| (\w+\.py) \|$", README, re.MULTILINE)
     assert len(lines) == 12
     for line, module in lines:
         assert (HERE / module).read_text().count(f" {line}") == 1, line
 
 
-def test_every_row_of_the_paper_is_a_command(monkeypatch):
+def test_flags_of_every_row_of_the_paper_are_valid(monkeypatch):
     table = README.partition("| top-1 | flags of train.py |\n")[2].partition("\n\n")[0]
     rows = re.findall(r"`(--.*?)`", table)
     assert len(rows) >= 9
@@ -70,7 +68,7 @@ def test_every_row_of_the_paper_is_a_command(monkeypatch):
         train.parse_args()
 
 
-def test_every_function_it_names_exists():
+def test_every_named_function_exists():
     named = re.findall(r"`(losses|models|data|train|eval)\.([A-Za-z_.]+)`", README)
     named = [(module, name) for module, name in named if name not in ("py",)]
     assert len(named) >= 8

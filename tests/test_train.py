@@ -1,4 +1,4 @@
-"""Both stages as a user runs them: what they write, resume, repeat, and how they fail."""
+"""Both stages as a user runs them: output, resuming, reproducibility and errors."""
 
 import argparse
 import contextlib
@@ -61,7 +61,7 @@ def python(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def small_root(tmp_path_factory):
-    """The shipped set thinned out class by class: 1/4 of train and val, 1/10 of test."""
+    """A part of every class of the shipped set: 1/4 of train and val, 1/10 of test."""
     root, small = tmp_path_factory.mktemp("data"), {}
     with np.load(HERE / "tests" / "fashion_mnist_lt.npz") as arrays:
         for split, step in (("train", 4), ("val", 4), ("test", 10)):
@@ -86,10 +86,10 @@ def trained(small_root, tmp_path_factory):
     return output, printed.getvalue()
 
 
-# ------------------------------------------------------------------------ what a run gives
+# ------------------------------------------------------------------------ output of a run
 
 
-def test_stage_1_writes_its_log_and_a_plain_checkpoint(trained):
+def test_stage_1_writes_its_log_and_checkpoint(trained):
     output, _ = trained
     header, steps = records(output)
     assert header["command"].startswith("train.py") and header["versions"]["torch"]
@@ -104,7 +104,7 @@ def test_stage_1_writes_its_log_and_a_plain_checkpoint(trained):
     assert saved["queue"]["key_slots"].shape == (1, 100, 128)
 
 
-def test_stage_2_reports_on_test_by_shots(trained):
+def test_stage_2_reports_many_medium_and_few_on_test(trained):
     output, printed = trained
     results = json.loads((output / "results.json").read_text())
     assert results["counts"][0] == 250 and results["classes"][0] == "T-shirt"
@@ -118,7 +118,7 @@ def test_stage_2_reports_on_test_by_shots(trained):
     assert f"{results['top1']:.2f}" in printed and "many" in printed
 
 
-def test_the_same_seed_gives_the_same_to_the_bit_and_another_does_not(
+def test_equal_seeds_give_bitwise_equal_results_and_others_do_not(
     trained, small_root, tmp_path, call
 ):
     output, _ = trained
@@ -147,7 +147,7 @@ def test_help_of_stage_2_shows_the_defaults_of_the_run(tmp_path, monkeypatch, ca
     assert shown.startswith("usage: ") and shown.splitlines()[1] == ""  # one line
 
 
-def test_a_live_line_of_80_columns_shows_the_time_that_is_left(monkeypatch, capsys):
+def test_progress_line_shows_the_remaining_time_in_80_columns(monkeypatch, capsys):
     monkeypatch.setattr(data, "CLEAR", "\r\x1b[K")
     monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((80, 24)))
     progress = data.Progress(2280)
@@ -179,11 +179,11 @@ def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
         right = encoder(view)[0][0].argmax(1) == test.labels
     assert results["top1"] == pytest.approx(100 * right.float().mean().item(), abs=0.3)
     assert results["val"] is None and not (tmp_path / "alone" / "classifier.pth").exists()
-    with pytest.raises(BadInput, match="epochs was 1, now 0"):  # nor is another's result lost
+    with pytest.raises(BadInput, match="epochs was 1, now 0"):  # and earlier results are kept
         call(stage2, "--output", tmp_path, "--epochs", 0)
 
 
-def test_logit_adjustment_adds_the_log_of_the_classes_shares(
+def test_logit_adjustment_adds_the_log_of_class_frequencies(
     small_root, tmp_path, call, monkeypatch
 ):
     checked, original = [], train.cross_entropy_step
@@ -201,19 +201,19 @@ def test_logit_adjustment_adds_the_log_of_the_classes_shares(
 
 
 @pytest.mark.parametrize("loss", ["dscl", "ce"])
-def test_experts_train_and_each_is_reported(loss, small_root, tmp_path, call):
+def test_experts_are_trained_and_reported_separately(loss, small_root, tmp_path, call):
     options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1]
     call(train, *options, *TINY[2:], "--loss", loss, "--experts", 2)
     printed = call(stage2, *options[:4], "--penalty", 0.1).out
     results = json.loads((tmp_path / "results.json").read_text())
     first, second = results["experts"]
     assert first["per_class"] != second["per_class"]
-    assert f"its experts alone: {first['all']:.2f}, {second['all']:.2f}" in printed
+    assert f"each expert alone: {first['all']:.2f}, {second['all']:.2f}" in printed
     with pytest.raises(BadInput, match="--export: torchvision has no resnet_tiny of 2 experts"):
         call(stage2, *options[:4], "--export", tmp_path / "whole.pth")
 
 
-def test_the_loss_of_experts_is_the_mean_of_each_ones_own(monkeypatch):
+def test_loss_is_the_mean_over_experts(monkeypatch):
     seen = {"dscl_loss": [], "pbsd_loss": []}
     for name, calls in seen.items():
 
@@ -231,15 +231,13 @@ def test_the_loss_of_experts_is_the_mean_of_each_ones_own(monkeypatch):
     for (_, rows), (_, of_pbsd) in zip(*seen.values()):  # query, key, labels, bank, its labels
         assert rows[0].shape == rows[1].shape == (128, 128) and rows[3].shape == (200, 128)
         assert torch.equal(of_pbsd[3], rows[3])
-    # The queue has taken each expert's own keys.
+    # The queue holds the keys of each expert.
     keys = torch.stack([rows[1] for _, rows in seen["dscl_loss"]])
     newest = torch.arange(200, 328) % 200
     assert torch.equal(part.queue.keys[:, newest], keys)
 
 
-def test_the_adjusted_classifier_is_chosen_on_val_and_the_same_every_time(
-    trained, tmp_path, call
-):
+def test_adjusted_classifier_is_chosen_on_val_and_reproducible(trained, tmp_path, call):
     options = ["--checkpoint", trained[0] / "checkpoint.pth", "--output"]
     results = []
     for name in "ab":
@@ -255,7 +253,7 @@ def test_the_adjusted_classifier_is_chosen_on_val_and_the_same_every_time(
     encoder = Encoder("resnet_tiny", classes=10)
     encoder.load_state_dict(model)
     before = checkpoint(trained[0])["encoder"]
-    for name, value in model.items():  # nothing but the classifier is new
+    for name, value in model.items():  # only the classifier has changed
         assert name.startswith("heads.") or torch.equal(value, before[name])
     for flags, says in (
         (["--lr", 1], "--lr: this flag is for --classifier balanced"),
@@ -277,7 +275,7 @@ def test_the_adjusted_classifier_is_chosen_on_val_and_the_same_every_time(
         ("imagefolder", ("train", "test"), "test", "val"),
     ],
 )
-def test_results_say_which_split_they_are_of_and_images_and_weights_are_written(
+def test_results_name_their_split_and_plots_and_weights_are_written(
     dataset, splits, reported, chosen, imagenet_tree, tmp_path, call
 ):
     for split in splits:
@@ -305,13 +303,13 @@ def test_results_say_which_split_they_are_of_and_images_and_weights_are_written(
     assert results["classes"] == names
     assert f"on {reported}; classifier balanced, epoch 1" in said
     assert f"kNN on {'val'}, step" in call(stage2, *output[:2], "--workers", 0, "--knn").out
-    test = imagenet_tree / "val" / "n00000002"  # runs on index files have no names of classes
+    test = imagenet_tree / "val" / "n00000002"  # runs on index files have no class names
     lines = call(stage2, *output[:2], "--workers", 0, "--predict", test).out.splitlines()
     assert len(lines) == 3 and json.loads(lines[0])["class"] in [f"class {c}" for c in range(4)]
 
 
 @pytest.mark.parametrize("loss", ["dscl", "la"])
-def test_predictions_are_those_that_stage_2_counted(loss, imagenet_tree, tmp_path, call, capsys):
+def test_predictions_match_the_accuracy_of_stage_2(loss, imagenet_tree, tmp_path, call, capsys):
     for path in imagenet_tree.glob("*/*/*.JPEG"):  # test images are in val/
         split = "train" if path.parts[-3] == "train" else "test"
         target = tmp_path / "data" / split / f"class {path.parent.name[-1]}" / path.name
@@ -331,7 +329,7 @@ def test_predictions_are_those_that_stage_2_counted(loss, imagenet_tree, tmp_pat
     assert results["per_class"][4] is None and results["counts"][4] == 1
     assert results["val"] is None or results["val"] > 0  # chosen on the classes that val has
 
-    # The run's directory is all that it needs, wherever it is.
+    # Prediction needs only the run's directory, which may be moved.
     run = run.rename(tmp_path / "moved")
     (run / "checkpoint.pth").unlink()
     files = (tmp_path / "data" / "test").rename(tmp_path / "images")
@@ -349,7 +347,7 @@ def test_predictions_are_those_that_stage_2_counted(loss, imagenet_tree, tmp_pat
         assert sum(values) == pytest.approx(1, abs=1e-5)  # of five classes
         assert {line["class"], *line["next"]} == set(results["classes"])
 
-    # What cannot be read is named, and the others go on.
+    # Files that cannot be read are named, and the others are predicted.
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     given = tmp_path / "broken.jpg", files / "class 0", tmp_path / "gone.jpg", files / "class 1"
     with pytest.raises(SystemExit) as end:
@@ -368,10 +366,10 @@ def test_predictions_are_those_that_stage_2_counted(loss, imagenet_tree, tmp_pat
 # ------------------------------------------------------------------------ resuming
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
+def test_killed_run_resumes_and_ends_like_an_undisturbed_run(
     small_root, tmp_path, call, monkeypatch
 ):
-    # A checkpoint at every second step, so that the kill comes amid an epoch.
+    # A checkpoint at every second step, so that the kill comes within an epoch.
     code = "import train; train.LOG_EVERY = 2; train.run(train.main)"
     options = [*TINY[2:-2], "--epochs", 4, "--data-root", small_root, "--output"]
     saving = ["--save-minutes", 0]
@@ -386,7 +384,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
     step = checkpoint(tmp_path)["step"]
     assert 4 <= step < 36
     with open(tmp_path / "log.jsonl", "a") as log:
-        log.write('{"epoch": 1, "st')  # what a kill amid a line leaves
+        log.write('{"epoch": 1, "st')  # a line cut off by a kill
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     assert f"from step {step} of 36" in call(train, *options, tmp_path).err
     call(train, *options, tmp_path / "calm")
@@ -404,7 +402,7 @@ def test_two_processes_continue_a_run_of_one_and_torchrun_replaces_a_dead_one(
     assert checkpoint(tmp_path)["step"] == 9
     code = "import train; train.LOG_EVERY = 1; train.run(train.main)"
     command = [*LAUNCH, "--max-restarts=1", "--no-python", sys.executable, "-c", code]
-    # torchrun's restarted processes otherwise find the addresses of the dead ones, as README says.
+    # Otherwise restarted processes may find the addresses of the dead ones; see the README.
     env = ONE_THREAD | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     # Checkpoints are 0.6 seconds apart, so that the kill finds the other process training.
     process = begin(*command, *arguments, "--save-minutes", 0.01, env=env)
@@ -416,12 +414,12 @@ def test_two_processes_continue_a_run_of_one_and_torchrun_replaces_a_dead_one(
     said = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 0, said
     assert re.search(r"-c \(rank .\): error: the connection to another process failed", said)
-    assert "goes on from the last checkpoint" in said
+    assert "continues from the last checkpoint" in said
     assert said.count("from step") == 2 and checkpoint(tmp_path)["step"] == 72
     assert [record["step"] for record in records(tmp_path)[1]] == [9, *range(10, 73)]
 
 
-def test_nothing_keeps_the_loaded_checkpoint_alive(
+def test_loaded_checkpoint_is_freed_before_training(
     trained, small_root, tmp_path, call, monkeypatch
 ):
     content, loaded, rates = checkpoint(trained[0]), [], []
@@ -444,7 +442,7 @@ def test_nothing_keeps_the_loaded_checkpoint_alive(
     assert len(rates) == 9
 
 
-def test_stage_2_goes_on_from_its_last_epoch(trained, tmp_path, call, monkeypatch):
+def test_stage_2_resumes_from_its_last_epoch(trained, tmp_path, call, monkeypatch):
     options = ["--checkpoint", trained[0] / "checkpoint.pth", *BALANCED, "--epochs", 4, "--output"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     call(stage2, *options, whole)
@@ -463,7 +461,7 @@ def test_stage_2_goes_on_from_its_last_epoch(trained, tmp_path, call, monkeypatc
     assert states_equal(*contents)
 
 
-def test_other_settings_in_the_same_output_are_refused_with_the_differences(
+def test_different_settings_in_the_same_output_are_refused_and_listed(
     trained, small_root, tmp_path, call
 ):
     shutil.copytree(trained[0], tmp_path / "moved")
@@ -490,7 +488,7 @@ def test_other_settings_in_the_same_output_are_refused_with_the_differences(
         call(stage2, "--data-root", fewer, "--output", output)
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
+def test_diverging_run_stops_and_keeps_its_last_good_checkpoint(
     small_root, tmp_path, call, monkeypatch
 ):
     arguments, rate = [*TINY, "--data-root", small_root, "--output", tmp_path], train.learning_rate
@@ -501,7 +499,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
     assert all(v.isfinite().all() for v in checkpoint(tmp_path)["encoder"].values())
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(small_root, tmp_path, call):
+def test_full_disk_does_not_damage_the_last_good_checkpoint(small_root, tmp_path, call):
     arguments = ["--data-root", small_root, "--output", tmp_path]
     call(train, *TINY, *arguments)
     good = (tmp_path / "checkpoint.pth").read_bytes()
@@ -525,7 +523,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_root, tmp_path, call)
 # ------------------------------------------------------------------------ several processes
 
 
-def test_two_hosts_compute_what_one_process_does_hold_the_same_and_shuffle_keys(
+def test_two_hosts_match_one_process_end_in_equal_states_and_shuffle_keys(
     small_root, tmp_path
 ):
     options = ["--data-root", small_root, "--epochs", 1, *TINY[2:], "--amp", "off"]
@@ -544,17 +542,17 @@ def test_two_hosts_compute_what_one_process_does_hold_the_same_and_shuffle_keys(
         assert speakers == 1  # rank 0
         runs.append((checkpoint(output), records(output)[1]))
     (one, log), (two, log_of_two) = runs
-    assert two["queue"]["_extra_state"] == 9 * 64  # the keys of both
+    assert two["queue"]["_extra_state"] == 9 * 64  # the keys of both ranks
     assert log[0]["step"] == 9 and log_of_two[0] == pytest.approx(log[0], rel=1e-4)
     for name in ("encoder", "key_encoder", "queue"):
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
     first, second = (torch.load(output / f"rank{rank}", weights_only=True) for rank in (0, 1))
     assert len(first["states"]) == 2 and states_equal(first["states"], second["states"])
-    # Shuffle BN: most keys were made with other images than their queries.
+    # Shuffle BN: in most rows the key is of another image than the query.
     assert len(first["moved"]) == 9 and min(first["moved"] + second["moved"]) > 0.5
 
 
-def test_a_port_that_is_taken_is_named(tmp_path):
+def test_port_in_use_is_named(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -573,11 +571,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         train.start(benchmark.recipe_of("fashion_mnist_lt", device="auto", amp="auto"))
 
 
-def test_the_tests_leave_gpus_alone():
+def test_tests_do_not_use_gpus():
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ONE_THREAD["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_tensors_are_gathered_contiguous_and_joined(monkeypatch):
+def test_gather_makes_tensors_contiguous_and_concatenates_them(monkeypatch):
     def all_gather(parts, tensor):
         assert all(part.is_contiguous() for part in [*parts, tensor])
         for rank, part in enumerate(parts):
@@ -593,7 +591,7 @@ def test_tensors_are_gathered_contiguous_and_joined(monkeypatch):
 def test_running_statistics_are_averaged_over_processes(monkeypatch):
     encoder = Encoder("resnet_small")
     before = {name: value.clone() for name, value in encoder.named_buffers()}
-    train.average_statistics(encoder)  # of one process they stay
+    train.average_statistics(encoder)  # unchanged with one process
     assert states_equal(before, dict(encoder.named_buffers()))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train, "gather", lambda rows: torch.cat([rows, rows + 2]))
@@ -603,7 +601,7 @@ def test_running_statistics_are_averaged_over_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite_are_found_in_a_few_launches(wrong):
+def test_check_finite_finds_bad_weights_in_a_few_launches(wrong):
     tensors = [torch.full((3, 2), 1e30), *(torch.randn(7) for _ in range(50))]
     with benchmark.Launches() as launches:
         train.check_finite(tensors, 1, 0.1)
@@ -614,7 +612,7 @@ def test_weights_that_are_not_finite_are_found_in_a_few_launches(wrong):
 
 
 @pytest.mark.parametrize("minutes, steps", [(0.9, [18]), (1.1, [9, 18])])
-def test_an_epochs_end_is_saved_if_a_minute_has_passed(
+def test_end_of_an_epoch_is_saved_if_a_minute_has_passed(
     minutes, steps, small_root, tmp_path, call, monkeypatch
 ):
     seconds, saved, save = itertools.count(0, 60 * minutes), [], train.save
@@ -629,7 +627,7 @@ def test_an_epochs_end_is_saved_if_a_minute_has_passed(
     assert len(averaged) == 2 and averaged[-1] == len(saved) - 1
 
 
-def test_the_benchmark_trains_and_evaluates_in_two_processes(imagenet_tree, tmp_path):
+def test_imagenet_lt_trains_and_evaluates_in_two_processes(imagenet_tree, tmp_path):
     options = ["--data-root", imagenet_tree, "--output", tmp_path, "--epochs", 1]
     done = python(*LAUNCH, "train.py", *FILES, *options, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
@@ -647,7 +645,7 @@ def test_the_benchmark_trains_and_evaluates_in_two_processes(imagenet_tree, tmp_
     assert np.allclose(rights, rights.round()) and results["top5"] == 100  # none counted twice
 
 
-def test_an_image_that_cannot_be_read_ends_both_stages_with_its_name(
+def test_unreadable_image_stops_both_stages_and_is_named(
     imagenet_tree, tmp_path, call, monkeypatch, capsys
 ):
     root, output = tmp_path / "data", ["--output", tmp_path / "run", "--epochs", 1]
@@ -675,7 +673,7 @@ def test_an_image_that_cannot_be_read_ends_both_stages_with_its_name(
 
 
 class HostReads(TorchDispatchMode):
-    """Notes how many steps had begun whenever the host waits for a tensor's value."""
+    """Records how many steps have begun each time the host waits for a tensor's value."""
 
     def __init__(self, begun):
         super().__init__()
@@ -683,7 +681,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         indexed = function.overloadpacket.__name__ in ("index", "index_put_", "_index_put_impl_")
-        if indexed:  # by a mask it depends on how much that has, by numbers it does not
+        if indexed:  # a mask's values decide the result's size, integers do not
             waits = any(i is not None and i.dtype == torch.bool for i in args[1])
         else:
             tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -693,7 +691,7 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_step_reads_a_value_back_and_all_images_are_channels_last(
+def test_steps_never_read_values_back_and_images_are_channels_last(
     small_root, tmp_path, call, monkeypatch
 ):
     views, conv, begun, layouts = data.query_views, torch.nn.Conv2d.forward, [], set()
@@ -714,7 +712,7 @@ def test_no_step_reads_a_value_back_and_all_images_are_channels_last(
     assert {9, 18} <= set(reads.seen) <= {0, 9, 18}  # set-up, and the log at the epochs' ends
 
 
-def test_bfloat16_is_chosen_where_the_processor_computes_in_it(monkeypatch):
+def test_bfloat16_is_chosen_if_the_processor_supports_it(monkeypatch):
     def precision(amp, **able):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
         args = benchmark.recipe_of("fashion_mnist_lt", device="cpu", amp=amp)
@@ -725,7 +723,7 @@ def test_bfloat16_is_chosen_where_the_processor_computes_in_it(monkeypatch):
     assert precision("off", amx_bf16=True) == precision("auto", avx2=True) == "off"
 
 
-def test_in_bfloat16_the_losses_are_those_of_float32_but_for_its_rounding():
+def test_losses_in_bfloat16_match_float32_up_to_rounding():
     values = []
     for amp in ("off", "bf16"):
         args = benchmark.settings_of("fashion_mnist_lt", amp=amp)
@@ -737,7 +735,7 @@ def test_in_bfloat16_the_losses_are_those_of_float32_but_for_its_rounding():
     torch.testing.assert_close(values[1], values[0], rtol=0.01, atol=0)
 
 
-def test_the_memory_of_a_step_does_not_grow_with_the_queue():
+def test_memory_of_a_step_does_not_grow_with_the_queue():
     code = (
         "import sys; sys.path.insert(0, 'tests'); import benchmark\n"
         "args = benchmark.settings_of('imagenet_lt', queue_size=int(sys.argv[1]), view_size=64)\n"
@@ -746,11 +744,11 @@ def test_the_memory_of_a_step_does_not_grow_with_the_queue():
     sizes = (65536, 2**20)
     both = [begin("-c", code, size, stdout=subprocess.PIPE) for size in sizes]
     small, large = (float(process.communicate()[0]) for process in both)
-    # Above the queue itself, 512 MB, which is there before; one [88, K] matrix has 352 MB.
+    # Without the queue itself (512 MB), which exists before; one [88, K] matrix has 352 MB.
     assert large - small < 100
 
 
-def test_what_is_trained_on_does_not_depend_on_workers_and_processes(imagenet_tree):
+def test_training_batches_do_not_depend_on_workers_and_processes(imagenet_tree):
     train_set = load_dataset("imagenet_lt", imagenet_tree)["train"]
     recipe = benchmark.recipe_of("imagenet_lt", "views", view_size=32)
 
@@ -770,7 +768,7 @@ def arguments_of(monkeypatch, *flags):
     return train.parse_args()
 
 
-def test_a_flag_wins_over_the_recipe_and_the_rest_is_the_recipes(monkeypatch):
+def test_flags_override_the_settings_of_the_data_set(monkeypatch):
     args = arguments_of(monkeypatch, "--dataset", "places_lt", "--lr", "0.025", "--alpha", "0")
     assert args.lr == 0.025 and args.alpha == 0 and args.output == Path("runs/places_lt")
     recipe = DATASETS["places_lt"]["views"] | DATASETS["places_lt"]["stage1"]
@@ -778,7 +776,7 @@ def test_a_flag_wins_over_the_recipe_and_the_rest_is_the_recipes(monkeypatch):
     assert {name: getattr(args, name) for name in rest} == {name: recipe[name] for name in rest}
 
 
-def test_the_rate_is_in_proportion_to_the_batch_warms_up_and_falls_to_zero(monkeypatch):
+def test_learning_rate_scales_with_batch_warms_up_and_falls_to_zero(monkeypatch):
     flags = ["--lr", "0.4", "--epochs", "20", "--warmup", "0.1", "--batch-size", "512"]
     args = arguments_of(monkeypatch, *flags)
     rates = [train.learning_rate(step, 10, args) for step in range(200)]
@@ -787,7 +785,7 @@ def test_the_rate_is_in_proportion_to_the_batch_warms_up_and_falls_to_zero(monke
     assert rates[110] == pytest.approx(0.4, rel=1e-6) and rates[-1] < 1e-4
 
 
-# ------------------------------------------------------------------------ how they fail
+# ------------------------------------------------------------------------ errors
 
 
 def fails(capsys, monkeypatch, stage, *arguments):
@@ -811,14 +809,14 @@ def fails(capsys, monkeypatch, stage, *arguments):
         (["--seed", "1" + 23 * "0"], "--seed: must be from 0 to"),
         (["--experts", "99999"], "--experts: must be from 1 to 16, got 99999"),
         (["--queue-size", "100000000000"], "--queue-size: must be from 0 to 1e+07"),
-        (["--patch-scale", "0.6", "0.05"], "--patch-scale: the smallest comes first"),
+        (["--patch-scale", "0.6", "0.05"], "--patch-scale: the smaller value must come first"),
         (["--loss", "triplet"], "--loss: invalid choice"),
         (["--data-root", "nowhere"], "--data-root must be the directory of fashion_mnist_lt's"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--imbalance", "10"], "--imbalance: only cifar10_lt and cifar100_lt take it"),
-        (["--pretrained", "none.pth", "--arch", "resnet18", *LARGE], "no file of resnet18 weights"),
-        (["--arch", "resnet18"], "--view-size 20: resnet18 takes 33 pixels or more"),
-        (["--arch", "resnet18", *LARGE[:2]], "--patch-size 8: resnet18 takes 17 pixels or more"),
+        (["--pretrained", "none.pth", "--arch", "resnet18", *LARGE], "a file of resnet18 weights"),
+        (["--arch", "resnet18"], "--view-size 20: resnet18 needs at least 33 pixels"),
+        (["--arch", "resnet18", *LARGE[:2]], "--patch-size 8: resnet18 needs at least 17 pixels"),
         (["--output", HERE / "README.md" / "run"], "README.md/run: Not a directory"),
     ],
 )
@@ -827,7 +825,7 @@ def test_stage_1_refuses_bad_flags_in_one_line(arguments, says, capsys, monkeypa
 
 
 class Bomb:
-    """What unpickling would run: it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -836,7 +834,7 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(capsys, monkeypatch, trained, tmp_path):
+def test_unusable_checkpoint_is_named_and_kept(capsys, monkeypatch, trained, tmp_path):
     whole = (trained[0] / "checkpoint.pth").read_bytes()
     (tmp_path / "truncated.pth").write_bytes(whole[:5000])
     (tmp_path / "text.pth").write_text("no checkpoint")
@@ -854,7 +852,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(capsys, monkeypatch,
     line = fails(capsys, monkeypatch, stage2, "--checkpoint", tmp_path)  # a run's directory
     assert f"{tmp_path} cannot be read (Is a directory)" in line
     assert not (tmp_path / "exploded").exists()
-    # A stage 1 that finds something else in its place neither starts over nor overwrites it.
+    # If its checkpoint is another file, stage 1 neither starts over nor overwrites it.
     broken = tmp_path / "run" / "checkpoint.pth"
     broken.parent.mkdir()
     broken.write_bytes(b"not a checkpoint")
@@ -881,7 +879,7 @@ WORKER = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possib
     ],
     ids=["ctrl-c", "memory", "worker", "shared memory", "network", "lost", "lost by gloo", "port"],
 )
-def test_an_end_that_is_no_fault_of_the_code_is_one_line(error, code, says, goes_on, capsys):
+def test_errors_that_are_not_bugs_print_one_line(error, code, says, goes_on, capsys):
     def main():
         raise error
 
@@ -890,13 +888,13 @@ def test_an_end_that_is_no_fault_of_the_code_is_one_line(error, code, says, goes
     said = capsys.readouterr().err
     assert end.value.code == code and said.count("\n") == 1
     assert re.search(says, said)
-    assert ("the same command goes on from the last checkpoint" in said) == goes_on
+    assert ("the same command continues from the last checkpoint" in said) == goes_on
 
 
 @pytest.mark.parametrize(
     "text", ["a bug", "Caught RuntimeError in DataLoader worker process 0.", "in /torch_a/b.py"]
 )
-def test_errors_of_the_code_are_shown_with_their_traceback(text):
+def test_bugs_are_shown_with_their_traceback(text):
     def main():
         raise RuntimeError(text)
 
@@ -904,7 +902,7 @@ def test_errors_of_the_code_are_shown_with_their_traceback(text):
         train.run(main)
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_stage_2_and_its_loss_is_told(
+def test_unwritable_output_is_refused_before_stage_2_and_deleted_output_is_named(
     capsys, monkeypatch, trained, tmp_path
 ):
     monkeypatch.setattr(stage2, "train_classifier", None)  # must not be reached
@@ -916,7 +914,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_stage_2_and_its_loss_i
         train.save(tmp_path / "deleted" / "checkpoint.pth", {})
 
 
-def test_a_set_smaller_than_the_recipes_batch_is_trained_on_whole(tmp_path, call, small_root):
+def test_batch_size_is_lowered_to_fit_a_small_training_set(tmp_path, call, small_root):
     folders(tmp_path, train=dict(ant=20, bee=20))
     options = ["--dataset", "small_imagefolder", "--data-root", tmp_path, "--epochs", 1]
     options += ["--output", tmp_path / "run", "--workers", 0, "--warmup", 0]

@@ -1,12 +1,12 @@
-"""p(z+|z) of trained runs by class size, beside what the paper's supplementary proves of it.
+"""p(z+|z) of trained runs by class size, and its optimum from the paper's supplementary.
 
     python tests/theory.py runs/dscl-0 runs/scl-0
 
 p(z+|z) is an anchor's softmax probability of its own key in the contrast set of dscl_loss: other
 queries and all keys of its batch, and the queue. At the optimum of free embeddings it is alpha
-under DSCL, 1 where the anchor has no class mate, and 1 / (|P| + 1) under SCL. Measured on every
-training image, with networks and queue of the checkpoint and views and batches as in training;
-theory is the mean over the same anchors and their |P|. Writes nothing.
+under DSCL (1 if |P| = 0), and 1 / (|P| + 1) under SCL. It is measured on every training image, with
+the networks and the queue of the checkpoint, and views and batches as in training. The column
+"theory" is the mean of the optimum over the same anchors. No file is written.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def own_key(z, z_plus, labels, queue, temperature):
 
 @torch.no_grad()
 def measure(path, data_root):
-    """Of every training image of a run: its class's size, p(z+|z) and theory's, each [N]."""
+    """For every training image of a run: its class's size, p(z+|z) and its optimum, each [N]."""
     saved = train.load(path / "checkpoint.pth", train.STAGE)
     run = argparse.Namespace(**saved["args"] | dict(device="auto", amp="off", patches=0))
     if run.loss in train.CLASSIFIERS:
@@ -55,7 +55,7 @@ def measure(path, data_root):
     for name, part in dict(encoder=encoder, key_encoder=key_encoder, queue=queue).items():
         part.load_state_dict(saved[name])
 
-    # The last batch is filled with images of the first, which are measured once all the same.
+    # The last batch is filled up with images of the first; their second result is dropped.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed))
     order = torch.cat([order, order[: -count % run.batch_size]])
     batches = [(rows.tolist(), rows.tolist()) for rows in order.split(run.batch_size)]
@@ -82,7 +82,7 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="--output of train.py")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="of images that were moved")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="directory of moved images")
     args = parser.parse_args()
     runs = [measure(path, args.data_root) for path in args.runs]
     print(f"{'':<20}" + "".join(f"{path.name[-20:]:>24}" for path in args.runs))
