@@ -543,21 +543,21 @@ def load_dataset(name, root=None, index_dir=None, imbalance=100.0, download=Fals
     val and test. Raises BadInput if a file is missing or broken, or if a class has no training
     image; with `checking`, image files may be missing.
     """
-    recipe = DATASETS[name]
-    root = root or recipe.get("root")
+    entry = DATASETS[name]
+    root = root or entry.get("root")
     if root is None or not Path(root).is_dir():
         raise BadInput(f"--data-root must be the directory of {name}'s images, got {root}")
     root = Path(root)
-    if recipe["source"] == "npz":
-        sets = read_npz(root / f"{name}.npz", recipe["names"])
-    elif recipe["source"] == "cifar":
-        sets = read_cifar(recipe["files"], root, imbalance, download)
-    elif recipe["source"] == "folder":
+    if entry["source"] == "npz":
+        sets = read_npz(root / f"{name}.npz", entry["names"])
+    elif entry["source"] == "cifar":
+        sets = read_cifar(entry["files"], root, imbalance, download)
+    elif entry["source"] == "folder":
         sets = read_folders(root)
     else:
         sets, classes = {}, None
-        for split in recipe["published"]:
-            sets[split] = read_index(recipe, split, root, Path(index_dir or root), classes)
+        for split in entry["published"]:
+            sets[split] = read_index(entry, split, root, Path(index_dir or root), classes)
             classes = int(sets["train"].labels.max()) + 1
     counts = sets["train"].labels.bincount()
     if not counts.all():
@@ -615,18 +615,18 @@ def read_cifar(files, root, imbalance, download):
     }
 
 
-def read_index(recipe, split, root, directory, classes=None):
+def read_index(entry, split, root, directory, classes=None):
     """A split from its index file: lines "relative/path label", or JSON as read_json reads it.
 
     Labels must be below `classes` or, in the training set, below the number of lines.
     """
-    candidates = [directory / name.format(split) for name in recipe["index"]]
+    candidates = [directory / name.format(split) for name in entry["index"]]
     path = next(filter(Path.is_file, candidates), None)
     if path is None:
         raise BadInput(
             f"{candidates[0]} not found: --index-dir must be the directory of the index files. Get "
             "them by git clone https://github.com/facebookresearch/classifier-balancing and use "
-            f"--index-dir classifier-balancing/data/{recipe['index_folder']}"
+            f"--index-dir classifier-balancing/data/{entry['index_folder']}"
         )
     if path.suffix == ".json":
         entries = lines = read_json(path)
@@ -634,14 +634,14 @@ def read_index(recipe, split, root, directory, classes=None):
         lines = path.read_bytes().splitlines()
         entries = (line.rsplit(None, 1) for line in lines)
     classes, paths, labels = classes or len(lines), [], []
-    for number, entry in enumerate(entries, 1):
+    for number, fields in enumerate(entries, 1):
         try:
-            name, label = entry[0], int(entry[1])
+            name, label = fields[0], int(fields[1])
             outside = name[:1] == b"/" or (b".." in name and b".." in name.split(b"/"))
             if outside or not 0 <= label < classes:
                 raise ValueError
         except (ValueError, IndexError):
-            line = os.fsdecode(b" ".join(entry))
+            line = os.fsdecode(b" ".join(fields))
             raise BadInput(
                 f'{path}:{number}: {line!r} is not "path label" with a path below --data-root and '
                 f"a label from 0 to {classes - 1}"
@@ -887,11 +887,11 @@ class Parser(argparse.ArgumentParser):
         self.group = self.add_argument_group("data")
         self.flag("dataset", dataset, tuple(DATASETS), "data set, which sets all other defaults")
         self.dataset = self.parse_known_args()[0].dataset
-        self.recipe = DATASETS[self.dataset]
+        self.entry = DATASETS[self.dataset]
         self.path("data-root", "DIR", "directory of the images")
         self.path("index-dir", "DIR", "directory of the index files (default: --data-root)")
         text = "size of the largest class divided by that of the smallest: 10, 50 or 100"
-        self.flag("imbalance", self.recipe.get("imbalance"), (1, 1e4), text)
+        self.flag("imbalance", self.entry.get("imbalance"), (1, 1e4), text)
 
     def begin(self, title):
         """Group the flags that follow under this title in --help."""
@@ -929,7 +929,7 @@ class Parser(argparse.ArgumentParser):
     def settings(self, group, **choices):
         """Add a flag for every setting of a group of SETTINGS; `choices` replace its limits."""
         for name, (_, limits, text, *any_number) in SETTINGS[group].items():
-            default = self.recipe[group][name]
+            default = self.entry[group][name]
             self.flag(name, default, choices.get(name, limits), text, any_number)
 
     def run_flags(self):
@@ -948,7 +948,7 @@ class Parser(argparse.ArgumentParser):
             if smallest > largest:
                 self.error(f"--{name}: the smaller value must come first")
         for name in ("imbalance", "download"):
-            if getattr(args, name, None) and self.recipe["source"] != "cifar":
+            if getattr(args, name, None) and self.entry["source"] != "cifar":
                 takers = " and ".join(n for n in DATASETS if DATASETS[n]["source"] == "cifar")
                 self.error(f"--{name}: only {takers} take it, not {self.dataset}")
         return args

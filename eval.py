@@ -652,12 +652,12 @@ def settle_classifier(parser, args):
     Settings of the other classifier stay None; a flag that sets one of them is an error.
     --epochs 0 selects the classifier that stage 1 has trained.
     """
-    recipe = parser.recipe["stage2"]
+    defaults = parser.entry["stage2"]
     given = {name for name in STAGE2 if getattr(args, name) is not None}
-    kind = "stage1" if args.epochs == 0 else args.classifier or recipe["classifier"]
+    kind = "stage1" if args.epochs == 0 else args.classifier or defaults["classifier"]
     taken = dict(adjusted={"penalty"}, stage1={"epochs"}, balanced=STAGE2 - {"penalty"})
     for name in STAGE2 - given:
-        setattr(args, name, recipe[name] if name in taken[kind] else None)
+        setattr(args, name, defaults[name] if name in taken[kind] else None)
     for name in sorted(given - taken[kind] - {"classifier"}):
         other = "adjusted" if name == "penalty" else "balanced"
         parser.error(f"--{name.replace('_', '-')}: this flag is for --classifier {other}")

@@ -218,16 +218,16 @@ def losses(args):
 # --------------------------------------------------------------------------------------- step
 
 
-def recipe_of(name, *groups, **changes):
+def cfg_of(name, *groups, **changes):
     """A data set's settings in groups (views, stage1, stage2), as attributes."""
     settings = {key: value for group in groups for key, value in DATASETS[name][group].items()}
     return argparse.Namespace(dataset=name, **settings | changes)
 
 
-def settings_of(name, **changes):
+def train_args(name, **changes):
     """train.py's arguments for a data set, with a batch size for a CPU."""
     run = dict(seed=0, loss="dscl", amp="off", batch_size=SIZES["cpu"][name][0])
-    return recipe_of(name, "views", "stage1", **run | changes)
+    return cfg_of(name, "views", "stage1", **run | changes)
 
 
 def images_of(args, device):
@@ -350,7 +350,7 @@ def step(args):
     print(f"{args.rounds} rounds; {machine(args.device)}")
     for name in args.recipes:
         for size in args.batch_size or SIZES[args.device][name]:
-            settings = settings_of(name, batch_size=size)
+            settings = train_args(name, batch_size=size)
             print(
                 f"\n{name}: {settings.arch}, {settings.view_size} pixels, {settings.patches} "
                 f"patches of {settings.patch_size}, batch {size}, K = {settings.queue_size}"
@@ -364,20 +364,20 @@ def step(args):
 class Published:
     """Like the published pipeline: seven PIL crops, each augmented and converted to a tensor."""
 
-    def __init__(self, files, recipe):
+    def __init__(self, files, cfg):
         def augment(jitter, jitter_p, grey_p, blur_p):
             jitter = transforms.RandomApply([transforms.ColorJitter(*jitter)], jitter_p)
             blur = transforms.RandomApply([self.blur], blur_p)
             colors = jitter, transforms.RandomGrayscale(grey_p), blur
-            tensor = transforms.ToTensor(), transforms.Normalize(recipe.mean, recipe.std)
+            tensor = transforms.ToTensor(), transforms.Normalize(cfg.mean, cfg.std)
             return transforms.Compose([transforms.RandomHorizontalFlip(), *colors, *tensor])
 
-        self.files, self.patches = files, recipe.patches
-        self.cut = transforms.RandomResizedCrop(recipe.view_size, recipe.crop_scale)
-        self.patch = transforms.RandomResizedCrop(recipe.patch_size, recipe.patch_scale)
-        jitter = recipe.query_jitter, recipe.query_jitter_p
-        self.query_colors = augment(*jitter, recipe.grey_p, recipe.blur_p)
-        self.key_colors = augment(recipe.key_jitter, 1.0, 0.0, 0.0)
+        self.files, self.patches = files, cfg.patches
+        self.cut = transforms.RandomResizedCrop(cfg.view_size, cfg.crop_scale)
+        self.patch = transforms.RandomResizedCrop(cfg.patch_size, cfg.patch_scale)
+        jitter = cfg.query_jitter, cfg.query_jitter_p
+        self.query_colors = augment(*jitter, cfg.grey_p, cfg.blur_p)
+        self.key_colors = augment(cfg.key_jitter, 1.0, 0.0, 0.0)
 
     @staticmethod
     def blur(image):
@@ -413,15 +413,15 @@ def input_pipeline(args):
     found = sorted(path for path in directory.iterdir() if path.suffix.lower() in kinds)
     if not found:
         raise data.BadInput(f"--images {directory} holds no JPEGs")
-    total, recipe = args.batches * BATCH_INPUT, recipe_of("imagenet_lt", "views")
+    total, cfg = args.batches * BATCH_INPUT, cfg_of("imagenet_lt", "views")
     names = [os.fsencode(found[count % len(found)].name) for count in range(total)]
     files = ImageFiles(directory, names, [0] * total, directory)
     rows = torch.arange(total).view(-1, BATCH_INPUT).tolist()
     batches = [(indices, indices) for indices in rows]  # the index as the seed
     sides = {
-        "published": DataLoader(Published(files, recipe), BATCH_INPUT, num_workers=1),
-        "ours": data.load_batches(files, batches, recipe, 2, 1, torch.device("cpu")),
-        "decoding alone": DataLoader(Decoding(files, recipe), BATCH_INPUT, num_workers=1),
+        "published": DataLoader(Published(files, cfg), BATCH_INPUT, num_workers=1),
+        "ours": data.load_batches(files, batches, cfg, 2, 1, torch.device("cpu")),
+        "decoding alone": DataLoader(Decoding(files, cfg), BATCH_INPUT, num_workers=1),
     }
     rates, sizes = {side: [] for side in sides}, {}
     for _ in range(args.rounds):

@@ -133,13 +133,13 @@ def check_step(_):
     made = dict(arch="resnet18", batch_size=16, queue_size=4096)
 
     def gradients(device, amp):
-        part = benchmark.Ours(benchmark.settings_of("imagenet_lt", **made, amp=amp), device)
+        part = benchmark.Ours(benchmark.train_args("imagenet_lt", **made, amp=amp), device)
         loss = part.loss(*(value.to(device) for value in inputs))
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten().cpu() for p in part.encoder.parameters()])
 
     cpu = torch.device("cpu")
-    inputs = benchmark.Ours(benchmark.settings_of("imagenet_lt", **made), cpu).inputs()
+    inputs = benchmark.Ours(benchmark.train_args("imagenet_lt", **made), cpu).inputs()
     loss, gradient = gradients(cpu, "off")
     limits = ("float32", "off", 1e-4, 1e-3), ("bfloat16", "bf16", 0.02, 0.2)
     for name, amp, of_loss, of_gradient in limits:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from benchmark import recipe_of
+from benchmark import cfg_of
 from conftest import TREE_COUNTS, folders
 from PIL import Image
 from torch.testing import assert_close
@@ -29,9 +29,9 @@ COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
 SHIPPED = load_dataset("fashion_mnist_lt")
 
 
-def small_recipe(name, **changes):
+def small_cfg(name, **changes):
     """A data set's settings for views, with small views and patches."""
-    return recipe_of(name, "views", **dict(view_size=20, patch_size=8) | changes)
+    return cfg_of(name, "views", **dict(view_size=20, patch_size=8) | changes)
 
 
 def drawn(count, rows=slice(None), seed=0):
@@ -377,7 +377,7 @@ def test_unreadable_images_are_named_with_the_reason(tmp_path, imagenet_tree):
 
 def test_crops_of_files_match_torchvision(imagenet_tree):
     train = load_dataset("imagenet_lt", imagenet_tree)["train"]
-    views = train.views([3, 30, 44], [7, 8, 9], small_recipe("imagenet_lt", view_size=32), 2)
+    views = train.views([3, 30, 44], [7, 8, 9], small_cfg("imagenet_lt", view_size=32), 2)
     assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8
     cut = transforms.v2.RandomResizedCrop(32, scale=(0.08, 1.0), antialias=True)
     for column, (index, seed) in enumerate([(3, 7), (30, 8), (44, 9)]):
@@ -385,7 +385,7 @@ def test_crops_of_files_match_torchvision(imagenet_tree):
         for view in range(2):
             assert torch.equal(views[view, column], cut(read(train.path(index))))
     for size, shorter in ((224, 256), (28, 32)):  # evaluation
-        whole = train.views([3], [None], small_recipe("imagenet_lt", view_size=size), 0)
+        whole = train.views([3], [None], small_cfg("imagenet_lt", view_size=size), 0)
         resized = transforms.v2.Resize(shorter, antialias=True)(read(train.path(3)))
         assert torch.equal(whole[0, 0], transforms.v2.CenterCrop(size)(resized))
 
@@ -397,7 +397,7 @@ def test_reduced_decoding_gives_the_same_views(crops, widths, tmp_path, monkeypa
     pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, 800), np.linspace(0, 255, 600)[:, None]
     Image.fromarray(pixels).save(tmp_path / "0.jpg", quality=95, subsampling=0)
     dataset = data.ImageFiles(tmp_path, [b"0.jpg"], [0], "made")
-    call = [0] * 20, range(20), small_recipe("imagenet_lt", view_size=48), crops
+    call = [0] * 20, range(20), small_cfg("imagenet_lt", view_size=48), crops
     reduced, whole, seen = dataset.views(*call).float(), data.decode, set()
 
     def decode(image, max_downscale):
@@ -416,7 +416,7 @@ def test_reduced_decoding_gives_the_same_views(crops, widths, tmp_path, monkeypa
 def test_batches_own_their_memory_as_pinning_requires(imagenet_tree):
     for dataset in (SHIPPED["train"], load_dataset("imagenet_lt", imagenet_tree)["train"]):
         for crops in (0, 1, 2):
-            views = dataset.views([0, 1], [5, 6], small_recipe("imagenet_lt"), crops)
+            views = dataset.views([0, 1], [5, 6], small_cfg("imagenet_lt"), crops)
             assert all(views.stride()) and views.numel() == views.untyped_storage().nbytes()
 
 
@@ -516,8 +516,8 @@ def test_colours_match_torchvision_in_distribution(tint, tolerance):
         return torch.stack([x.mean((0, 2, 3)), x.std((0, 2, 3)), x.mean((2, 3)).std(0)])
 
     torch.manual_seed(0)
-    recipe = small_recipe("imagenet_lt")
-    jitter, jitter_p, grey_p = recipe.query_jitter, recipe.query_jitter_p, recipe.grey_p
+    cfg = small_cfg("imagenet_lt")
+    jitter, jitter_p, grey_p = cfg.query_jitter, cfg.query_jitter_p, cfg.grey_p
     image = photograph(np.random.default_rng(0), 48, 48) / 255 * tint
     images = torch.tensor(image).permute(2, 0, 1).float().expand(1000, -1, -1, -1)
     matrices = color_matrices(images.mean((2, 3)), drawn(1000), jitter, jitter_p, grey_p)
@@ -539,8 +539,8 @@ def test_blur_matches_torchvision_and_skips_other_images():
 
 def test_patches_are_cut_from_the_query_view_before_colour_changes():
     images = SHIPPED["train"].images[::100]
-    recipe = small_recipe("fashion_mnist_lt", query_jitter=(0,) * 4, grey_p=0.0, patches=5)
-    query, boxes, patches = query_views(images, drawn(25), recipe)
+    cfg = small_cfg("fashion_mnist_lt", query_jitter=(0,) * 4, grey_p=0.0, patches=5)
+    query, boxes, patches = query_views(images, drawn(25), cfg)
     assert query.shape == (25, 3, 20, 20) and boxes.shape == (5, 25, 4)
     assert patches.shape == (5, 25, 3, 8, 8)
     expected = crop(query, boxes.flatten(0, 1), 8).view_as(patches)
@@ -550,22 +550,22 @@ def test_patches_are_cut_from_the_query_view_before_colour_changes():
     area = (boxes[..., 2:] - boxes[..., :2]).prod(-1) / 20**2
     assert 0.0499 <= area.min() and area.max() <= 0.6001
     flat = torch.full((9, 1, 28, 28), 128).byte()  # each patch gets its own colour changes
-    jittered = small_recipe("fashion_mnist_lt", query_jitter_p=1.0, patches=2)
+    jittered = small_cfg("fashion_mnist_lt", query_jitter_p=1.0, patches=2)
     _, _, patches = query_views(flat, drawn(9), jittered)
     assert ((patches[0] - patches[1]).abs().amax((1, 2, 3)) > 0.01).float().mean() > 0.5
 
 
 def test_views_follow_their_settings_and_are_standardised():
-    whole = data.evaluation_view(SHIPPED["train"].images[None], small_recipe("fashion_mnist_lt"))
+    whole = data.evaluation_view(SHIPPED["train"].images[None], small_cfg("fashion_mnist_lt"))
     assert whole.mean().abs() < 0.1 and (whole.std() - 1).abs() < 0.1
     red = torch.tensor([200, 20, 40]).byte().view(1, 3, 1, 1).expand(9, 3, 20, 20)
     still = dict(query_jitter_p=0.0, key_jitter=(0,) * 4, patches=0)
-    recipe = small_recipe("cifar10_lt", grey_p=1.0, **still)
-    mean, std = data.mean_and_std(recipe, "cpu")
-    view, boxes, patches = query_views(red, drawn(9), recipe)
+    cfg = small_cfg("cifar10_lt", grey_p=1.0, **still)
+    mean, std = data.mean_and_std(cfg, "cpu")
+    view, boxes, patches = query_views(red, drawn(9), cfg)
     assert boxes is None and patches is None
     assert_close(view * std + mean, TF.rgb_to_grayscale(red / 255, 3), atol=1e-3, rtol=0)
-    key = data.key_view(red, drawn(9), recipe)
+    key = data.key_view(red, drawn(9), cfg)
     assert_close(key * std + mean, red / 255, atol=1e-5, rtol=0)  # never grey
 
 
@@ -573,7 +573,7 @@ def test_views_follow_their_settings_and_are_standardised():
 @pytest.mark.parametrize("dataset", ["fashion_mnist_lt", "imagenet_lt"])
 def test_views_of_an_image_do_not_depend_on_the_processes(dataset, rows):
     def views(rows=slice(None), seed=0):
-        of = images[rows], drawn(24, rows, seed), small_recipe(dataset, patches=3)
+        of = images[rows], drawn(24, rows, seed), small_cfg(dataset, patches=3)
         query, boxes, patches = query_views(*of)
         return query, boxes.transpose(0, 1), patches.transpose(0, 1), data.key_view(*of)
 
@@ -589,7 +589,7 @@ def test_drawn_views_show_what_the_networks_see(tmp_path):
     images = torch.stack([ramp, ramp.T, torch.full_like(ramp, 90)]).expand(8, 3, 32, 32)
     still = dict(query_jitter_p=0.0, grey_p=0.0, key_jitter=(0,) * 4, view_size=32, seed=5)
     dataset = data.ImageArrays(images, torch.zeros(8).long(), "made")
-    data.draw_views(tmp_path / "views", dataset, small_recipe("cifar10_lt", **still))
+    data.draw_views(tmp_path / "views", dataset, small_cfg("cifar10_lt", **still))
     sheet = read(tmp_path / "views").float()
     assert sheet.shape == (3, 6 * 130 + 2, 5 * 130 + 2)
     cells = sheet[:, 2:, 2:].unfold(1, 128, 130).unfold(2, 128, 130).permute(1, 2, 0, 3, 4)
@@ -684,7 +684,7 @@ def test_help_shows_the_settings_of_the_data_set(dataset, monkeypatch, capsys, t
         assert code == 0 and not said and "python " in out
         assert ("--imbalance" in out) == dataset.startswith("cifar")
         texts = dict(re.findall(r"^  --([a-z-]+)((?:.|\n(?!  -))*)", out, re.MULTILINE))
-        for name, value in vars(recipe_of(dataset, *groups)).items() - {("dataset", dataset)}:
+        for name, value in vars(cfg_of(dataset, *groups)).items() - {("dataset", dataset)}:
             value = " ".join(map(str, value)) if isinstance(value, tuple) else value
             shown = re.findall(r"\(default: .*?\)", texts[name.replace("_", "-")])
             assert shown == [f"(default: {value})"]

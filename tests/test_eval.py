@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torchvision
-from benchmark import recipe_of
+from benchmark import cfg_of
 from PIL import Image
 
 import eval as stage2
@@ -92,12 +92,12 @@ def test_correct_counts_do_not_depend_on_batches_processes_and_workers(batch_siz
     labels = torch.arange(50) % 8
     images = torch.arange(50)[:, None, None, None].expand(-1, 3, 2, 2) % 8
     dataset = ImageArrays(images.to(torch.uint8), labels, "made")
-    recipe = argparse.Namespace(mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    cfg = argparse.Namespace(mean=(0.0,) * 3, std=(1 / 255,) * 3)
     tally = confusion = 0
     for rank in range(world):
         batches = evaluation_batches(len(dataset), rank, world, batch_size)
-        loader = load_batches(dataset, batches, recipe, 0, workers, CPU)
-        part, taken_for = count_right(Ranks(), loader, recipe, 8, CPU, "off")
+        loader = load_batches(dataset, batches, cfg, 0, workers, CPU)
+        part, taken_for = count_right(Ranks(), loader, cfg, 8, CPU, "off")
         tally, confusion = tally + part, confusion + taken_for
     mean, ranks, sure, wrong = tally.tolist()
     counts = labels.bincount().tolist()
@@ -112,12 +112,12 @@ def test_correct_counts_do_not_depend_on_batches_processes_and_workers(batch_siz
 
 
 def classifier(arch, experts=1):
-    run = recipe_of("imagenet_lt", "views", "stage1", arch=arch, experts=experts)
-    encoder = classifier_of(run, {}, 7, 0, keep_heads=False)
+    cfg = cfg_of("imagenet_lt", "views", "stage1", arch=arch, experts=experts)
+    encoder = classifier_of(cfg, {}, 7, 0, keep_heads=False)
     for module in encoder.modules():  # change the initial running statistics
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
-    return encoder, run
+    return encoder, cfg
 
 
 @pytest.mark.parametrize("bn", ["eval", "train"])
@@ -193,7 +193,7 @@ def test_gathered_features_are_in_the_order_of_the_images(world, count, monkeypa
     encoder = torch.nn.Module()
     encoder.heads = torch.nn.ModuleList([torch.nn.Linear(1, 5)])
     monkeypatch.setattr(stage2, "features_of", lambda e, view, amp: view[None, :, :2, 0, 0])
-    monkeypatch.setattr(stage2.data, "evaluation_view", lambda images, run: images[0].float())
+    monkeypatch.setattr(stage2.data, "evaluation_view", lambda images, cfg: images[0].float())
     args, parts = argparse.Namespace(workers=0, amp="off"), []
     monkeypatch.setattr(stage2, "gather", lambda part: parts.append(part) or part)
     for rank in range(world):
@@ -250,8 +250,8 @@ def test_summary_groups_runs_that_differ_only_in_seed(tmp_path, capsys):
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
 def test_exported_weights_give_the_same_logits_in_torchvision(arch, tmp_path):
-    encoder, run = classifier(arch)
-    stage2.export(tmp_path / "model.pth", encoder, run, list("abcdefg"))
+    encoder, cfg = classifier(arch)
+    stage2.export(tmp_path / "model.pth", encoder, cfg, list("abcdefg"))
     resnet = torchvision.models.get_model(arch, num_classes=7).eval()
     state = torch.load(tmp_path / "model.pth", weights_only=True)
     resnet.load_state_dict(state, strict=True)
@@ -278,7 +278,7 @@ def test_accuracy_bars_have_the_right_height_and_group_colour(tmp_path):
 
 
 def test_activation_map_is_red_where_the_class_is_seen_and_blue_elsewhere(tmp_path):
-    encoder, run = classifier("resnet_small", experts=2)
+    encoder, cfg = classifier("resnet_small", experts=2)
     feature_map = torch.zeros(2, 128, 4, 4)
     feature_map[:, 5, 0, 0] = feature_map[:, 6, 3, 3] = 1.0
     for head in encoder.heads:
@@ -288,7 +288,7 @@ def test_activation_map_is_red_where_the_class_is_seen_and_blue_elsewhere(tmp_pa
     path, counts = tmp_path / "m.png", torch.tensor([5, 9, 2])  # the last has no test image
     for level in (0, 255):  # on dark and on light images
         dataset = ImageArrays(torch.full((2, 1, 28, 28), level).byte(), torch.tensor([0, 1]), "")
-        stage2.draw_activation(path, encoder, dataset, counts, run, ["a", "b", "c"], CPU)
+        stage2.draw_activation(path, encoder, dataset, counts, cfg, ["a", "b", "c"], CPU)
         with Image.open(path) as image:  # tiles of 320 x 196 pixels: the image, and its map
             for left, here, elsewhere in ((2, (10, 10), (150, 150)), (324, (150, 150), (10, 10))):
                 assert image.getpixel((left + 80, 80)) == (level, level, level)

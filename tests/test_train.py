@@ -174,7 +174,7 @@ def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
     test = load_dataset("fashion_mnist_lt", small_root)["test"]
     encoder = Encoder("resnet_tiny", classes=10).eval()
     encoder.load_state_dict(checkpoint(tmp_path)["encoder"])
-    view = evaluation_view(test.images[None], benchmark.recipe_of("fashion_mnist_lt", "views"))
+    view = evaluation_view(test.images[None], benchmark.cfg_of("fashion_mnist_lt", "views"))
     with torch.no_grad(), train.autocast(torch.device("cpu"), results["arguments"]["amp"]):
         right = encoder(view)[0][0].argmax(1) == test.labels
     assert results["top1"] == pytest.approx(100 * right.float().mean().item(), abs=0.3)
@@ -222,7 +222,7 @@ def test_loss_is_the_mean_over_experts(monkeypatch):
             return calls[-1][0]
 
         monkeypatch.setattr(train, name, watched)
-    args = benchmark.settings_of("fashion_mnist_lt", experts=3, queue_size=200)
+    args = benchmark.train_args("fashion_mnist_lt", experts=3, queue_size=200)
     part = benchmark.Ours(args, torch.device("cpu"))
     total = part.loss(*part.inputs())
     dscl, pbsd = (torch.stack([value for value, _ in calls]) for calls in seen.values())
@@ -568,7 +568,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(BadInput, match="8 processes, but 2 GPUs on this host"):
-        train.start(benchmark.recipe_of("fashion_mnist_lt", device="auto", amp="auto"))
+        train.start(benchmark.cfg_of("fashion_mnist_lt", device="auto", amp="auto"))
 
 
 def test_tests_do_not_use_gpus():
@@ -715,7 +715,7 @@ def test_steps_never_read_values_back_and_images_are_channels_last(
 def test_bfloat16_is_chosen_if_the_processor_supports_it(monkeypatch):
     def precision(amp, **able):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-        args = benchmark.recipe_of("fashion_mnist_lt", device="cpu", amp=amp)
+        args = benchmark.cfg_of("fashion_mnist_lt", device="cpu", amp=amp)
         train.start(args)
         return args.amp
 
@@ -726,7 +726,7 @@ def test_bfloat16_is_chosen_if_the_processor_supports_it(monkeypatch):
 def test_losses_in_bfloat16_match_float32_up_to_rounding():
     values = []
     for amp in ("off", "bf16"):
-        args = benchmark.settings_of("fashion_mnist_lt", amp=amp)
+        args = benchmark.train_args("fashion_mnist_lt", amp=amp)
         part = benchmark.Ours(args, torch.device("cpu"))
         values.append(part.loss(*part.inputs()))
         values[-1].backward()
@@ -738,7 +738,7 @@ def test_losses_in_bfloat16_match_float32_up_to_rounding():
 def test_memory_of_a_step_does_not_grow_with_the_queue():
     code = (
         "import sys; sys.path.insert(0, 'tests'); import benchmark\n"
-        "args = benchmark.settings_of('imagenet_lt', queue_size=int(sys.argv[1]), view_size=64)\n"
+        "args = benchmark.train_args('imagenet_lt', queue_size=int(sys.argv[1]), view_size=64)\n"
         "print(benchmark.peak_megabytes(lambda: benchmark.step_of('ours', args, 'cpu'), 'cpu'))"
     )
     sizes = (65536, 2**20)
@@ -750,11 +750,11 @@ def test_memory_of_a_step_does_not_grow_with_the_queue():
 
 def test_training_batches_do_not_depend_on_workers_and_processes(imagenet_tree):
     train_set = load_dataset("imagenet_lt", imagenet_tree)["train"]
-    recipe = benchmark.recipe_of("imagenet_lt", "views", view_size=32)
+    cfg = benchmark.cfg_of("imagenet_lt", "views", view_size=32)
 
     def batches(workers, rank=0, world=1):
         sampler = Batches(train_set.labels, 16, 2, seed=0, rank=rank, world=world)
-        return data.load_batches(train_set, sampler, recipe, 2, workers, torch.device("cpu"))
+        return data.load_batches(train_set, sampler, cfg, 2, workers, torch.device("cpu"))
 
     shares = zip(batches(0, 0, 2), batches(0, 1, 2))
     for (images, labels), (more, more_labels), share in zip(batches(0), batches(2), shares):
@@ -771,9 +771,9 @@ def arguments_of(monkeypatch, *flags):
 def test_flags_override_the_settings_of_the_data_set(monkeypatch):
     args = arguments_of(monkeypatch, "--dataset", "places_lt", "--lr", "0.025", "--alpha", "0")
     assert args.lr == 0.025 and args.alpha == 0 and args.output == Path("runs/places_lt")
-    recipe = DATASETS["places_lt"]["views"] | DATASETS["places_lt"]["stage1"]
-    rest = recipe.keys() - {"lr", "alpha"}
-    assert {name: getattr(args, name) for name in rest} == {name: recipe[name] for name in rest}
+    cfg = DATASETS["places_lt"]["views"] | DATASETS["places_lt"]["stage1"]
+    rest = cfg.keys() - {"lr", "alpha"}
+    assert {name: getattr(args, name) for name in rest} == {name: cfg[name] for name in rest}
 
 
 def test_learning_rate_scales_with_batch_warms_up_and_falls_to_zero(monkeypatch):
