@@ -1047,6 +1047,7 @@ def check(sets, args):
     missing, seen = [], {}
     for split, dataset in sets.items():
         paths, progress = list(map(dataset.path, range(len(dataset)))), Progress(len(dataset))
+        before = len(missing) + len(problems)
         for path in paths:
             if path in seen:
                 problems.append(f"{path} is in {seen[path]} and again in {split}")
@@ -1058,7 +1059,7 @@ def check(sets, args):
                     missing.append(str(path))
                 elif problem:
                     problems.append(problem)
-                count = len(missing) + len(problems)
+                count = len(missing) + len(problems) - before
                 progress.show(done, f"{split}: {done:,} images, {count:,} problems")
     return missing, problems
 

@@ -238,7 +238,8 @@ def load_pretrained(encoder, arch, source):
             layers = *encoder.shared.named_children(), *branch.named_children()
             nn.Sequential(OrderedDict(layers)).load_state_dict(state)
     except URLError as error:
-        raise ValueError(f"cannot fetch {names[source].url} ({error.reason})") from None
+        reason = f"cannot fetch {names[source].url} ({error.reason})"
+        raise ValueError(f"{reason}; download it elsewhere and give the file's path") from None
     except Exception as error:  # a missing or foreign file, weights of another network
         reason = " ".join(str(error).split())[:160]
         known = f", nor torchvision's {' or '.join(names)}" if names else ""
