@@ -761,10 +761,10 @@ def hold_out(paths, labels, missing):
     for row in sorted(range(len(paths)), key=digests.__getitem__):
         rows_of.setdefault(labels[row], []).append(row)
     for rows in rows_of.values():
-        end, share = 0, 0.0
+        end, fraction = 0, 0.0
         for waiting, split in zip(range(len(missing), 0, -1), missing if len(rows) >= 3 else ()):
-            begin, share = end, share + HELD_OUT[split]
-            below = sum(digests[row][0] / 256 < share for row in rows)
+            begin, fraction = end, fraction + HELD_OUT[split]
+            below = sum(digests[row][0] / 256 < fraction for row in rows)
             end = min(max(below, begin + 1), len(rows) - waiting)
             for row in rows[begin:end]:
                 splits[row] = split

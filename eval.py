@@ -114,7 +114,7 @@ def main():
 
     # The test set is evaluated once, with the classifier that val chose.
     loader = evaluation_loader(sets[reported], args, cfg, processes)
-    tally, taken_for = count_right(encoder, loader, cfg, len(counts), device, args.amp)
+    tally, confusion = count_correct(encoder, loader, cfg, len(counts), device, args.amp)
     if rank > 0:
         return
     results, *experts = (metrics(part, counts) for part in tally)
@@ -130,7 +130,7 @@ def main():
     print(table(results, counts))
     if len(experts) > 1:
         print("each expert alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
-    for line in worst_confusions(taken_for, names) if taken_for is not None else ():
+    for line in worst_confusions(confusion, names) if confusion is not None else ():
         print(line)
     what = dict(
         balanced=f"balanced, epoch {best.get('epoch')}", stage1="of stage 1",
@@ -276,7 +276,7 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
         train.average_statistics(encoder)
         accuracy = None
         if val_set:
-            tally, _ = count_right(encoder, val_loader, cfg, len(counts), device, args.amp)
+            tally, _ = count_correct(encoder, val_loader, cfg, len(counts), device, args.amp)
             accuracy = metrics(tally[0], counts)["all"]
         if not (best and val_set) or accuracy > best["accuracy"]:
             state = copy.deepcopy(encoder.state_dict())
@@ -344,7 +344,7 @@ def split_features(encoder, dataset, args, cfg, processes):
 
 
 @torch.no_grad()
-def count_right(encoder, loader, cfg, classes, device, amp):
+def count_correct(encoder, loader, cfg, classes, device, amp):
     """Count correct and wrong predictions on the loader's images, over all processes.
 
     Returns two int64 tensors on the CPU. The first, [1 + E, 3, classes], counts the images of each
@@ -356,7 +356,7 @@ def count_right(encoder, loader, cfg, classes, device, amp):
     encoder.eval()
     tally = torch.zeros(1 + len(encoder.heads), 3, classes, dtype=torch.long, device=device)
     pairs = classes**2 if classes <= MAX_CONFUSION_CLASSES else 0
-    taken_for = torch.zeros(pairs, dtype=torch.long, device=device)
+    confusion = torch.zeros(pairs, dtype=torch.long, device=device)
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         view = data.evaluation_view(images, cfg)
@@ -366,16 +366,16 @@ def count_right(encoder, loader, cfg, classes, device, amp):
         hits = top == labels[:, None]
         counted = torch.stack([torch.ones_like(hits[..., 0]), hits[..., 0], hits.any(2)], dim=1)
         tally.index_add_(2, labels, counted.long())
-        if len(taken_for):
-            taken_for.index_add_(0, labels * classes + top[0, :, 0], torch.ones_like(labels))
-    tally, taken_for = (gather(part[None]).sum(0).cpu() for part in (tally, taken_for))
-    return tally, taken_for.view(classes, classes) if len(taken_for) else None
+        if len(confusion):
+            confusion.index_add_(0, labels * classes + top[0, :, 0], torch.ones_like(labels))
+    tally, confusion = (gather(part[None]).sum(0).cpu() for part in (tally, confusion))
+    return tally, confusion.view(classes, classes) if len(confusion) else None
 
 
 def metrics(tally, train_counts):
     """Accuracies in percent: top1 and top5 over images; many, medium, few and all over classes.
 
-    tally [3, classes] is from count_right, train_counts [classes]. The accuracy of a group is the
+    tally [3, classes] is from count_correct, train_counts [classes]. The accuracy of a group is the
     mean over its classes; on a balanced test set `all` equals top1. A class without images is None
     and left out of all means; a group without images is None.
     """
@@ -419,15 +419,15 @@ def table(results, counts):
     return "\n".join(lines)
 
 
-def worst_confusions(taken_for, names, count=3):
+def worst_confusions(confusion, names, count=3):
     """Lines such as "Shirt predicted as T-shirt: 23 % of 1000 images", largest rates first.
 
-    taken_for [classes, classes] is from count_right.
+    confusion [classes, classes] is from count_correct.
     """
-    totals = taken_for.sum(1)
-    shares = taken_for.double() / totals.clamp(min=1)[:, None]
-    shares += 1e-9 * taken_for  # if rates are equal, more images first
-    values, places = shares.fill_diagonal_(0).flatten().topk(min(count, shares.numel()))
+    totals = confusion.sum(1)
+    rates = confusion.double() / totals.clamp(min=1)[:, None]
+    rates += 1e-9 * confusion  # if rates are equal, more images first
+    values, places = rates.fill_diagonal_(0).flatten().topk(min(count, rates.numel()))
     pairs = [(value, *divmod(place, len(names))) for value, place in zip(values, places.tolist())]
     return [
         f"{names[label]} predicted as {names[other]}: {100 * value:.0f} % of {totals[label]} images"
@@ -567,7 +567,7 @@ def export(path, encoder, cfg, names):
     print(f"wrote {path} and {path}.json", file=sys.stderr)
 
 
-SHOTS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 62, 104)}
+GROUP_COLORS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 62, 104)}
 
 
 def draw_accuracy(path, results, names):
@@ -590,10 +590,10 @@ def draw_accuracy(path, results, names):
             x, accuracy = left + n * width, results["per_class"][order[n]]
             if accuracy is not None:  # else the class has no test image
                 box = x, bottom - 3 * accuracy, x + max(0, width - 2), bottom
-                draw.rectangle(box, SHOTS[group])
+                draw.rectangle(box, GROUP_COLORS[group])
         if places and results[group] is not None:
             text = f"{group} {results[group]:.1f}"
-            draw.text((left + 130 * column, bottom - 308), text, SHOTS[group], font, "ls")
+            draw.text((left + 130 * column, bottom - 308), text, GROUP_COLORS[group], font, "ls")
     for n, label in enumerate(order if len(order) <= 40 else ()):
         name = caption(f"{names[label]} {counts[label]}", 120).rotate(90, expand=True)
         image.paste(name, (left + n * width + width // 2 - 9, bottom + 4))

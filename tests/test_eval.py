@@ -14,7 +14,7 @@ import eval as stage2
 from data import BadInput, ImageArrays, load_batches
 from eval import (
     classifier_of,
-    count_right,
+    count_correct,
     evaluation_batches,
     features_of,
     metrics,
@@ -54,14 +54,14 @@ def test_classes_without_test_images_are_left_out_and_reported():
 
 
 def test_worst_confusions_are_listed_by_rate():
-    taken_for = torch.tensor([[6, 4, 0], [1, 9, 0], [0, 2, 2]])
-    assert worst_confusions(taken_for, ["Shirt", "T-shirt", "Coat"]) == [
+    confusion = torch.tensor([[6, 4, 0], [1, 9, 0], [0, 2, 2]])
+    assert worst_confusions(confusion, ["Shirt", "T-shirt", "Coat"]) == [
         "Coat predicted as T-shirt: 50 % of 4 images",
         "Shirt predicted as T-shirt: 40 % of 10 images",
         "T-shirt predicted as Shirt: 10 % of 10 images",
     ]
-    taken_for[2] = torch.tensor([0, 0, 4])
-    assert len(worst_confusions(taken_for, "abc")) == 2  # a class that is always right is not named
+    confusion[2] = torch.tensor([0, 0, 4])
+    assert len(worst_confusions(confusion, "abc")) == 2  # a class that is always right is not named
 
 
 class Ranks(torch.nn.Module):
@@ -93,12 +93,12 @@ def test_correct_counts_do_not_depend_on_batches_processes_and_workers(batch_siz
     images = torch.arange(50)[:, None, None, None].expand(-1, 3, 2, 2) % 8
     dataset = ImageArrays(images.to(torch.uint8), labels, "made")
     cfg = argparse.Namespace(mean=(0.0,) * 3, std=(1 / 255,) * 3)
-    tally = confusion = 0
+    tally = total_confusion = 0
     for rank in range(world):
         batches = evaluation_batches(len(dataset), rank, world, batch_size)
         loader = load_batches(dataset, batches, cfg, 0, workers, CPU)
-        part, taken_for = count_right(Ranks(), loader, cfg, 8, CPU, "off")
-        tally, confusion = tally + part, confusion + taken_for
+        part, confusion = count_correct(Ranks(), loader, cfg, 8, CPU, "off")
+        tally, total_confusion = tally + part, total_confusion + confusion
     mean, ranks, sure, wrong = tally.tolist()
     counts = labels.bincount().tolist()
     # The logit 2.5 ranks behind 7, 6, 5, 4 and 3, unless it has replaced one of them.
@@ -106,9 +106,10 @@ def test_correct_counts_do_not_depend_on_batches_processes_and_workers(batch_siz
     assert sure == [counts, counts, counts] and wrong[:2] == [counts, [0] * 8]
     # The other two cancel, so the first expert decides: 2.5 against the next class's 0 to 7.
     assert mean == [counts, [*counts[:2], 0, 0, 0, 0, 0, counts[7]], counts]
-    assert confusion.sum(1).tolist() == counts and confusion.diagonal().tolist() == mean[1]
+    assert total_confusion.sum(1).tolist() == counts
+    assert total_confusion.diagonal().tolist() == mean[1]
     for label in range(2, 7):
-        assert confusion[label, (label + 1) % 8] == counts[label]
+        assert total_confusion[label, (label + 1) % 8] == counts[label]
 
 
 def classifier(arch, experts=1):
@@ -268,7 +269,7 @@ def test_accuracy_bars_have_the_right_height_and_group_colour(tmp_path):
     results = dict(counts=[10, 500, 50], per_class=[100.0, 50.0, None], reported_on="test")
     results |= dict(many=50.0, medium=None, few=100.0, all=75.0)  # bags have no test image
     stage2.draw_accuracy(tmp_path / "a.png", results, ["bööts", "shirts", "bags"])
-    many, few = stage2.SHOTS["many"], stage2.SHOTS["few"]
+    many, few = stage2.GROUP_COLORS["many"], stage2.GROUP_COLORS["few"]
     with Image.open(tmp_path / "a.png") as image:  # shirts, bags, boots: each 50 pixels, from x=40
         assert image.getpixel((60, 340 - 145)) == many != image.getpixel((60, 340 - 155))
         assert image.getpixel((160, 42)) == few and image.getpixel((160, 338)) == few
