@@ -48,8 +48,9 @@ RANK = int(os.environ.get("RANK", 0))  # rank of this process, set by torchrun
 # ------------------------------------------------------------------------------------ settings
 
 # Every setting of the method is a flag. Each entry has its value for photographs, its limits or
-# choices, and its meaning. The values are the paper's for ImageNet-LT, or its published code's
-# where the paper gives none. DATASETS below has the values that differ for other data sets.
+# choices, its meaning, and "any number" if it takes any number of values. The values are the
+# paper's for ImageNet-LT, or its published code's where the paper gives none; `penalty` is ours.
+# DATASETS below has the values that differ for other data sets.
 SETTINGS = dict(
     views=dict(
         mean=((0.485, 0.456, 0.406), (0, 1), "mean of red, green and blue, from 0 to 1"),
@@ -93,7 +94,7 @@ SETTINGS = dict(
                     "balanced: SGD with class-balanced sampling, as in the paper"),
         penalty=((3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1), (0, 1e6),
                  "penalty on the squared weights, for --classifier adjusted; val chooses one of "
-                 "several, without val the first is used. All flags below are for --classifier "
+                 "several; without val the first is used. All flags below are for --classifier "
                  "balanced", "any number"),
         epochs=(40, (0, 1e6),
                 "passes over the training set; 0 evaluates the classifier of --loss ce or la"),
@@ -206,6 +207,7 @@ DATASETS = {
     ),
     "small_imagefolder": derive(SMALL, source="folder"),
 }
+
 
 def in_memory(name):
     """Whether a data set is held in memory and cropped on the device."""
@@ -837,9 +839,9 @@ class BatchDataset:
 def load_batches(dataset, batches, cfg, crops, workers, device, kind=BatchDataset):
     """A loader of (images uint8 [1 or 2, B, C, H, W], labels [B]).
 
-    `batches` are Batches or evaluation_batches; `crops` is the number of random crops of an image,
-    or 0 for the image as evaluation sees it. `kind` may be a subclass of BatchDataset that returns
-    something else.
+    `batches` is Batches, or a list of (indices, seeds); `crops` is the number of random crops of an
+    image, or 0 for the image as evaluation sees it. `kind` may be a subclass of BatchDataset that
+    returns something else.
     """
     return DataLoader(
         kind(dataset, cfg, crops), sampler=batches, batch_size=None, num_workers=workers,
@@ -904,11 +906,11 @@ class Parser(argparse.ArgumentParser):
         it is None, the flag does not apply to this data set and is hidden; it takes a float.
         """
         values = default if isinstance(default, tuple) else (default,)
-        options = dict(default=default, metavar="X", help=argparse.SUPPRESS)
+        options = dict(default=default, help=argparse.SUPPRESS)
         if default is not None:
             options["help"] = f"{text} (default: {shown or ' '.join(map(str, values))})"
         if isinstance(default, bool):
-            options |= dict(action=argparse.BooleanOptionalAction, metavar=None)
+            options |= dict(action=argparse.BooleanOptionalAction)
         elif isinstance(default, str):
             options |= dict(choices=limits, metavar=None if limits else "NAME")
         else:

@@ -73,7 +73,7 @@ def main():
         return predict(args, saved)
     if "images" not in saved["args"]:
         raise BadInput(f"{args.checkpoint} is from an earlier version of this code: train again")
-    rank, world, device = processes = train.start(args)
+    rank, _, device = processes = train.start(args)
     args.stage1 = saved["args"] | dict(step=saved["step"])
     cfg = argparse.Namespace(**saved["args"])
     sets = data.load_dataset(cfg.dataset, args.data_root, args.index_dir, args.imbalance)
@@ -645,6 +645,7 @@ def draw_activation(path, encoder, dataset, counts, cfg, names, device, side=160
 
 
 # ---------------------------------------------------------------------------------------- arguments
+
 
 def settle_classifier(parser, args):
     """Set the settings that no flag has set, which are None, to the data set's defaults.

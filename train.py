@@ -107,7 +107,7 @@ def cross_entropy_step(model, key_encoder, queue, images, labels, batch, args, l
 
 
 def learning_rate(step, per_epoch, args):
-    """The rate of a step from 0 on: linear warm-up, cosine to 0. The peak grows with the batch."""
+    """The rate at a step, from 0: linear warm-up, then cosine to 0; peak scaled by the batch."""
     peak = args.lr * args.batch_size / 256
     steps = args.epochs * per_epoch
     warmup = round(args.warmup * steps)
@@ -140,7 +140,7 @@ def main():
     optimizer = torch.optim.SGD(
         encoder.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
-    # All that a checkpoint holds besides the step. Random numbers follow from (seed, step).
+    # The state that a checkpoint holds. The random numbers of a step follow from (seed, step).
     state = dict(encoder=encoder, key_encoder=key_encoder, queue=queue, optimizer=optimizer)
     first = saved["step"] if saved else 0
     if saved:
@@ -170,9 +170,9 @@ def main():
             f"{'bfloat16' if args.amp == 'bf16' else 'float32'}", file=sys.stderr,
         )
 
-    sums = summed = 0  # sums of the loss and its terms since the last record, and of how many steps
+    sums = summed = 0  # since the last record: sums of the loss and its terms, and steps
     logged_at = saved_at = time.monotonic()
-    for step, (images, labels) in enumerate(loader, first + 1):  # step - 1 are done
+    for step, (images, labels) in enumerate(loader, first + 1):  # step - 1 steps are done
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, per_epoch, args)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         batch = ShuffledBatch(args, step - 1, batches.rows, device)
@@ -265,7 +265,7 @@ def explain(error):
     return 1, None
 
 
-run = partial(data.run, explain=explain)  # calls main() and prints errors in one line
+run = partial(data.run, explain=explain)  # calls main(); errors that are not bugs are one line
 
 
 @torch.no_grad()
@@ -448,6 +448,7 @@ def open_log(path, args, step):
 
 
 # ---------------------------------------------------------------------------------------- arguments
+
 
 def parse_args():
     parser = Parser(__doc__)

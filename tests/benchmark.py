@@ -350,12 +350,12 @@ def step(args):
     print(f"{args.rounds} rounds; {machine(args.device)}")
     for name in args.recipes:
         for size in args.batch_size or SIZES[args.device][name]:
-            settings = train_args(name, batch_size=size)
+            cfg = train_args(name, batch_size=size)
             print(
-                f"\n{name}: {settings.arch}, {settings.view_size} pixels, {settings.patches} "
-                f"patches of {settings.patch_size}, batch {size}, K = {settings.queue_size}"
+                f"\n{name}: {cfg.arch}, {cfg.view_size} pixels, {cfg.patches} "
+                f"patches of {cfg.patch_size}, batch {size}, K = {cfg.queue_size}"
             )
-            compare(args, {side: partial(step_of, side, settings) for side in sides})
+            compare(args, {side: partial(step_of, side, cfg) for side in sides})
 
 
 # -------------------------------------------------------------------------------------- input
@@ -466,4 +466,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    train.run(main)

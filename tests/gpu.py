@@ -40,7 +40,7 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone"]
 ONE_BATCH = """
 import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, ".")
-import data, train
+import train
 torch.nn.BatchNorm2d.train = lambda norm, mode=True: torch.nn.Module.train(norm, False)
 encoder = train.Encoder
 train.Encoder = lambda *arguments: encoder(*arguments).train()
@@ -222,7 +222,7 @@ def check_resume(directory):
 
 
 def check_out_of_memory(directory):
-    code = "import torch; torch.cuda.set_per_process_memory_fraction(0.02); import data, train; "
+    code = "import torch; torch.cuda.set_per_process_memory_fraction(0.02); import train; "
     options = "--arch resnet50 --view-size 224 --batch-size 512 --patch-size 64 --output"
     run = begin("-c", code + "train.run(train.main)", *options.split(), directory / "full")
     said = run.communicate()[0]

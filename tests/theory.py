@@ -38,40 +38,40 @@ def own_key(z, z_plus, labels, queue, temperature):
 def measure(path, data_root):
     """For every training image of a run: its class's size, p(z+|z) and its optimum, each [N]."""
     saved = train.load(path / "checkpoint.pth", train.STAGE)
-    run = argparse.Namespace(**saved["args"] | dict(device="auto", amp="off", patches=0))
-    if run.loss in train.CLASSIFIERS:
-        raise BadInput(f"{path} is a run of --loss {run.loss}, which has no keys")
-    _, _, device = train.start(run)
-    root = data_root or run.data_root
-    dataset = data.load_dataset(run.dataset, root, run.index_dir, run.imbalance)["train"]
+    cfg = argparse.Namespace(**saved["args"] | dict(device="auto", amp="off", patches=0))
+    if cfg.loss in train.CLASSIFIERS:
+        raise BadInput(f"{path} is a run of --loss {cfg.loss}, which has no keys")
+    _, _, device = train.start(cfg)
+    root = data_root or cfg.data_root
+    dataset = data.load_dataset(cfg.dataset, root, cfg.index_dir, cfg.imbalance)["train"]
     count = len(dataset)
-    if count != run.images["train"]:
-        trained = run.images["train"]
+    if count != cfg.images["train"]:
+        trained = cfg.images["train"]
         raise BadInput(f"{path} was trained on {trained} images, {dataset.origin} has {count}")
 
-    encoder = Encoder(run.arch, run.experts).to(device, memory_format=torch.channels_last)
+    encoder = Encoder(cfg.arch, cfg.experts).to(device, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(encoder)
-    queue = Queue(run.queue_size, run.experts).to(device)
+    queue = Queue(cfg.queue_size, cfg.experts).to(device)
     for name, part in dict(encoder=encoder, key_encoder=key_encoder, queue=queue).items():
         part.load_state_dict(saved[name])
 
     # The last batch is filled up with images of the first; their second result is dropped.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed))
-    order = torch.cat([order, order[: -count % run.batch_size]])
-    batches = [(rows.tolist(), rows.tolist()) for rows in order.split(run.batch_size)]
-    loader = data.load_batches(dataset, batches, run, 2, run.workers, device)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(cfg.seed))
+    order = torch.cat([order, order[: -count % cfg.batch_size]])
+    batches = [(rows.tolist(), rows.tolist()) for rows in order.split(cfg.batch_size)]
+    loader = data.load_batches(dataset, batches, cfg, 2, cfg.workers, device)
     measured, progress = [], data.Progress(len(batches))
     for step, (images, labels) in enumerate(loader, saved["step"]):
         images, labels = images.to(device), labels.to(device)
-        batch = train.ShuffledBatch(run, step, slice(0, run.batch_size), device)
-        view, _, _ = data.query_views(images[0], batch.draws(), run)
-        key_view = data.key_view(images[-1], batch.draws(keys=True), run)
+        batch = train.ShuffledBatch(cfg, step, slice(0, cfg.batch_size), device)
+        view, _, _ = data.query_views(images[0], batch.draws(), cfg)
+        key_view = data.key_view(images[-1], batch.draws(keys=True), cfg)
         z, z_plus = encoder(view)[0], key_encoder(key_view)[0]
-        p, positives = own_key(z, z_plus, labels, queue, run.temperature)
+        p, positives = own_key(z, z_plus, labels, queue, cfg.temperature)
         queue.put(z_plus, labels)  # as in training, the queue moves on
         theory = 1 / (positives + 1)
-        if run.alpha is not None:
-            theory = torch.where(positives > 0, run.alpha, 1.0)
+        if cfg.alpha is not None:
+            theory = torch.where(positives > 0, cfg.alpha, 1.0)
         measured.append(torch.stack([p, theory]))
         progress.show(step + 1 - saved["step"], str(path))
     p, theory = torch.cat(measured, dim=1)[:, :count].cpu()
@@ -97,4 +97,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    train.run(main)
