@@ -40,7 +40,7 @@ def test_export_snippet_loads_a_network_with_the_accuracy_of_stage_2(tmp_path, m
     options = "--dataset imagefolder --data-root . --arch resnet18 --view-size 33 --patch-size 17"
     options += " --epochs 1 --warmup 0 --workers 0 --loss ce --output run --lr 0.01"
     call(train, *options.split())
-    call(stage2, *"--output run --workers 0 --amp off --export model.pth".split())
+    call(stage2, *"--output run --workers 0 --amp off --export weights.pth".split())
     results, names = json.loads(Path("run/results.json").read_text()), {}
     exec(LOAD, names)
     card, test = names["card"], data.load_dataset("imagefolder", tmp_path)["test"]
