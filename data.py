@@ -144,7 +144,7 @@ SMALL = derive(
 CIFAR = derive(
     SMALL, source="cifar", imbalance=100.0,
     stage1=dict(queue_size=4096, pbsd_weight=1.0),
-    stage2=dict(penalty=(3e-4,), weight_decay=1e-4),
+    stage2=dict(penalty=(1e-3,), weight_decay=1e-4),
 )
 
 DATASETS = {
