@@ -36,28 +36,9 @@ from torchvision.utils import save_image
 
 import data
 import train
-from data import (
-    BadInput,
-    BatchDataset,
-    Batches,
-    Draws,
-    Parser,
-    Progress,
-    load_batches,
-    shot_groups,
-)
+from data import BadInput, BatchDataset, Batches, Draws, Parser, Progress, load_batches, shot_groups
 from models import SMALL_ARCHS, Encoder, means
-from train import (
-    add_run_flags,
-    autocast,
-    flatten,
-    gather,
-    load,
-    refuse_differences,
-    resume,
-    save,
-    to_json,
-)
+from train import add_run_flags, autocast, flatten, gather, load, resume, save, to_json
 
 STAGE = "stage 2 of DSCL + PBSD"
 STAGE2 = data.SETTINGS["stage2"].keys()
@@ -106,7 +87,7 @@ def main():
     val_set = sets.get("val") if reported == "test" and args.classifier != "stage1" else None
     best, path = dict(accuracy=None), args.output / "results.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no results so far
-        refuse_differences(path, json.loads(path.read_text())["arguments"], args)
+        train.refuse_differences(path, json.loads(path.read_text())["arguments"], args)
     if args.classifier == "balanced":
         best = train_classifier(encoder, train_set, val_set, args, cfg, processes)
     if args.classifier == "adjusted":

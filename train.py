@@ -215,7 +215,7 @@ def start(args):
 
     Sets args.amp to "bf16" or "off".
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no usable GPU; use --device cpu")
     if args.device != "cpu" and torch.cuda.is_available():
@@ -232,7 +232,7 @@ def start(args):
     args.amp = "bf16" if args.amp == "auto" and able else "off"
     if "RANK" in os.environ:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    return rank, world, device
+    return data.RANK, world, device
 
 
 def autocast(device, amp):
@@ -306,9 +306,9 @@ def average_statistics(encoder):
 class ShuffledBatch:
     """The images of the global batch of N that this rank embeds in a step, and its random numbers.
 
-    Its queries are those of the rows `rank_rows`. Its keys are those of other, randomly chosen
-    images (shuffle BN): otherwise BatchNorm statistics could leak which key matches. Everything
-    depends only on (seed, step). A single process embeds all images and shuffles nothing.
+    Its queries are those of the rows `rank_rows`, its keys those of other, randomly chosen images
+    (shuffle BN). Everything depends only on (seed, step). A single process embeds all images and
+    shuffles nothing.
     """
 
     def __init__(self, args, step, rank_rows, device):

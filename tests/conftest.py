@@ -13,6 +13,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
+import data
 
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -49,16 +50,28 @@ def folders(root, **splits):
     return root
 
 
+def set_argv(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run a stage in this process, which saves the time of imports; returns what it printed."""
 
     def run(stage, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, arguments)])
+        set_argv(monkeypatch, stage, *arguments)
         stage.main()
         return capsys.readouterr()
 
     return run
+
+
+def command(monkeypatch, capsys, script, *arguments):
+    """Run a script's main like its command; returns exit code, standard output and error."""
+    set_argv(monkeypatch, script, *arguments)
+    with pytest.raises(SystemExit) as end:
+        data.run(script.main)
+    return end.value.code, *capsys.readouterr()
 
 
 def begin(*arguments, **options):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from benchmark import cfg_of
-from conftest import TREE_COUNTS, folders
+from conftest import TREE_COUNTS, command, folders
 from PIL import Image
 from torch.testing import assert_close
 from torchvision import transforms
@@ -604,14 +604,6 @@ def test_drawn_views_show_what_the_networks_see(tmp_path):
 
 
 # ---------------------------------------------------------------------- commands and arguments
-
-
-def command(monkeypatch, capsys, script, *arguments):
-    """Run a script's main like its command; returns exit code, standard output and error."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        data.run(script.main)
-    return end.value.code, *capsys.readouterr()
 
 
 def test_check_reports_counts_and_unusable_files(tmp_path, imagenet_tree, monkeypatch, capsys):

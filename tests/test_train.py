@@ -31,8 +31,10 @@ from conftest import (
     TREE_COUNTS,
     begin,
     checkpoint,
+    command,
     folders,
     records,
+    set_argv,
     states_equal,
 )
 from PIL import Image
@@ -80,8 +82,7 @@ def trained(small_root, tmp_path_factory):
         for stage, *options in (
             (train, *TINY, "--data-root", small_root), (stage2, *BALANCED, "--epochs", 2)
         ):
-            arguments = [f"{stage.__name__}.py", *options, "--output", output]
-            patch.setattr(sys, "argv", list(map(str, arguments)))
+            set_argv(patch, stage, *options, "--output", output)
             stage.main()
     return output, printed.getvalue()
 
@@ -759,7 +760,7 @@ def test_training_batches_do_not_depend_on_workers_and_processes(imagenet_tree):
 
 
 def arguments_of(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    set_argv(monkeypatch, train, *flags)
     return train.parse_args()
 
 
@@ -785,13 +786,10 @@ def test_learning_rate_scales_with_batch_warms_up_and_falls_to_zero(monkeypatch)
 
 def fails(capsys, monkeypatch, stage, *arguments):
     """The one line that a stage prints when it refuses to run."""
-    monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as error:
-        train.run(stage.main)
-    captured = capsys.readouterr()
-    assert error.value.code == 2 and not captured.out
-    assert captured.err.count("\n") == 1 and ": error: " in captured.err
-    return captured.err
+    code, out, said = command(monkeypatch, capsys, stage, *arguments)
+    assert code == 2 and not out
+    assert said.count("\n") == 1 and ": error: " in said
+    return said
 
 
 @pytest.mark.parametrize(
