@@ -3,7 +3,6 @@
     python eval.py                                                 # after python train.py
     python eval.py --output runs/mine                              # any run of train.py
     torchrun --nproc_per_node=8 eval.py --output runs/imagenet_lt  # several GPUs
-    python eval.py --knn                                           # kNN, also during stage 1
     python eval.py --output RUN --predict FILES AND FOLDERS        # a JSON line for each image
     python eval.py --plots plots --export model.pth                # plots; weights for torchvision
     python eval.py --summary runs/*                                # mean and std over seeds
@@ -11,7 +10,8 @@
 The classifier is chosen on val and reported on test, by many-, medium- and few-shot classes.
 Without a test split nothing is chosen and val is reported. It writes OUTPUT/results.json;
 OUTPUT/model.pth, the only file that --predict needs; and OUTPUT/classifier.pth, from which the same
-command continues after an interruption.
+command continues after an interruption. To see how good the features are while stage 1 still
+trains, add --classifier adjusted, which takes seconds on small data sets.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import os
 import statistics
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,14 +35,12 @@ from torchvision.utils import save_image
 
 import data
 import train
-from data import BadInput, BatchDataset, Batches, Draws, Parser, Progress, load_batches, shot_groups
+from data import BadInput, BatchDataset, Batches, Draws, Progress, load_batches, shot_groups
 from models import SMALL_ARCHS, Encoder, means
-from train import add_run_flags, autocast, flatten, gather, load, resume, save, to_json
+from train import STAGE2, autocast, comparable, gather, load, resume, save, to_json
 
 STAGE = "stage 2 of DSCL + PBSD"
-STAGE2 = data.SETTINGS["stage2"].keys()
 RESULT = "the classifier of DSCL + PBSD"
-MAX_CONFUSION_CLASSES = 1000  # the confusion table is square: 8 MB for 1000 classes
 
 
 def main():
@@ -52,31 +49,21 @@ def main():
         return print(summary(args.summary))
     if args.predict:
         return predict(args, saved)
-    if "images" not in saved["args"]:
-        raise BadInput(f"{args.checkpoint} is from an earlier version of this code: train again")
+    stage1 = argparse.Namespace(**saved["args"])  # the arguments of train.py
     rank, _, device = processes = train.start(args)
     args.stage1 = saved["args"] | dict(step=saved["step"])
-    cfg = argparse.Namespace(**saved["args"])
-    sets = data.load_dataset(cfg.dataset, args.data_root, args.index_dir, args.imbalance)
+    sets = data.load_dataset(stage1.dataset, args.data_root, args.index_dir, args.imbalance)
     sizes = {split: len(part) for split, part in sets.items()}
-    if sizes != cfg.images:
-        raise BadInput(
-            f"{args.checkpoint} was trained with {cfg.images} images, these are {sizes}: some "
-            "test images could have been used for training"
-        )
-    cfg.patches = 0  # stage 2 uses no patches
+    if sizes != stage1.images:
+        raise BadInput(f"{args.checkpoint} was trained with {stage1.images} images, these are "
+                       f"{sizes}: some test images could have been used for training")
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
     if args.classifier == "balanced":
         train.fit_batch(args, len(sets["train"]))
-    encoder = classifier_of(cfg, saved.pop("encoder"), len(counts), args.seed, args.epochs == 0)
+    of_stage1 = args.classifier == "stage1"  # --epochs 0
+    encoder = classifier_of(stage1, saved.pop("encoder"), len(counts), args.seed, of_stage1)
     encoder = encoder.to(device, memory_format=torch.channels_last)
-    if args.knn:
-        split = "val" if "val" in sets else "test"
-        accuracy = neighbour_accuracy(encoder, sets["train"], sets[split], args, cfg, processes)
-        if rank == 0:
-            print(f"kNN on {split}, step {saved['step']}: {accuracy:.2f}")
-        return
     for directory in filter(None, (args.output, args.plots, args.export and args.export.parent)):
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):
@@ -84,25 +71,28 @@ def main():
 
     # The classifier is chosen on val if there is a test set to report on, else val is reported.
     train_set, reported = sets["train"], "test" if "test" in sets else "val"
-    val_set = sets.get("val") if reported == "test" and args.classifier != "stage1" else None
-    best, path = dict(accuracy=None), args.output / "results.json"
+    val_set = sets.get("val") if reported == "test" and not of_stage1 else None
+    chosen, path = dict(accuracy=None), args.output / "results.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no results so far
-        train.refuse_differences(path, json.loads(path.read_text())["arguments"], args)
+        earlier = json.loads(path.read_text())["arguments"]
+        earlier["stage1"]["step"] = saved["step"]  # results of fewer steps may be replaced
+        train.refuse_differences(path, earlier, args)
     if args.classifier == "balanced":
-        best = train_classifier(encoder, train_set, val_set, args, cfg, processes)
+        chosen = train_classifier(encoder, train_set, val_set, args, stage1, processes)
     if args.classifier == "adjusted":
-        best = fit_classifier(encoder, train_set, val_set, args, cfg, processes)
+        chosen = fit_classifier(encoder, train_set, val_set, args, stage1, processes)
 
     # The test set is evaluated once, with the classifier that val chose.
-    loader = evaluation_loader(sets[reported], args, cfg, processes)
-    tally, confusion = count_correct(encoder, loader, cfg, len(counts), device, args.amp)
+    labels = sets[reported].labels
+    top = top_classes(encoder, sets[reported], args, stage1, processes)
     if rank > 0:
         return
-    results, *experts = (metrics(part, counts) for part in tally)
+    results, *experts = (metrics(of_expert, labels, counts) for of_expert in top)
     results |= dict(
-        reported_on=reported, chosen_on="val" if val_set else None, val=best["accuracy"],
-        classifier=args.classifier, epoch=best.get("epoch"), penalty=best.get("penalty"),
-        classes=sets["train"].names, counts=counts.tolist(), reported_counts=tally[0, 0].tolist(),
+        reported_on=reported, chosen_on="val" if val_set else None, val=chosen["accuracy"],
+        classifier=args.classifier, epoch=chosen.get("epoch"), penalty=chosen.get("penalty"),
+        classes=sets["train"].names, counts=counts.tolist(),
+        reported_counts=labels.bincount(minlength=len(counts)).tolist(),
         experts=experts if len(experts) > 1 else None, arguments=to_json(args),
     )
     save(path, json.dumps(results, indent=1) + "\n")
@@ -111,60 +101,50 @@ def main():
     print(table(results, counts))
     if len(experts) > 1:
         print("each expert alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
-    for line in worst_confusions(confusion, names) if confusion is not None else ():
-        print(line)
-    what = dict(
-        balanced=f"balanced, epoch {best.get('epoch')}", stage1="of stage 1",
-        adjusted=f"adjusted, penalty {best.get('penalty')}",
-    )[args.classifier]
-    what += f", chosen on val ({best['accuracy']:.2f})" if val_set else ""
-    print(f"on {reported}; classifier {what}; {path}", file=sys.stderr)
+    print(*worst_confusions(top[0, :, 0], labels, names), sep="\n")
+    what = "classifier of stage 1" if of_stage1 else f"classifier {args.classifier}"
+    for name in ("epoch", "penalty"):  # what was chosen
+        what += f", {name} {chosen[name]}" if name in chosen else ""
+    what += f", chosen on val ({chosen['accuracy']:.2f})" if val_set else ""
+    print(f"on {reported}; {what}; {path}", file=sys.stderr)
     if args.plots:
-        draw_accuracy(args.plots / "accuracy.png", results, names)
-        where = args.plots / "activation.png"
-        draw_activation(where, encoder, sets[reported], counts, cfg, names, device)
+        draw_accuracy(args.plots, results, names)
+        draw_activation(args.plots, encoder, sets[reported], counts, stage1, names, device)
     if args.export:
-        export(args.export, encoder, cfg, names)
+        export(args.export, encoder, stage1, names)
 
 
 # -------------------------------------------------------------------------------------- classifiers
 
 
-def fit_classifier(encoder, train_set, val_set, args, cfg, processes):
-    """Solve for the heads on fixed features with logit adjustment (Menon et al., 2021, section 4).
+def fit_classifier(encoder, train_set, val_set, args, stage1, processes):
+    """Fit the heads by logistic regression on fixed features, and take the class prior off.
 
-    In training the logarithm of the class frequencies is added to the logits. That corrects for
-    the imbalance, as class-balanced sampling does in the paper; `regression` has the equation.
-    Features are standardised by mean and deviation of the training set; in the end weight and bias
-    are converted so that they apply to the original features. Each expert's classifier is fitted
-    separately. The best of args.penalty by class mean on val_set is chosen, or the first if val_set
-    is None. Returns {"accuracy", "penalty"}; the accuracy is on val_set.
-
-    Every rank holds the features of all training images, and solves the same problem. They take
-    1 GB for ImageNet-LT and a ResNet-50, three times that while they are gathered; L-BFGS takes 20
-    times the memory of the classifier's weights.
+    Then they answer as if all classes were equally frequent: logit adjustment (Menon et al., 2021,
+    section 4). Each expert's features are standardised, and its weight and bias converted so that
+    they apply to the original features. The best of args.penalty by class mean on val_set is
+    chosen, or the first without a val_set. Returns {"accuracy" on val_set, "penalty"}. Every rank
+    solves the same problem on all features, 1 GB for ImageNet-LT and a ResNet-50.
     """
     rank, _, device = processes
     labels = train_set.labels.to(device)
     counts = labels.bincount()
     log_prior = (counts / counts.sum()).log()
-    features = split_features(encoder, train_set, args, cfg, processes)  # [E, N, C]
+    features = split_features(encoder, train_set, args, stage1, processes)  # [E, N, C]
     std, mean = torch.std_mean(features, 1)  # [E, C]
     std = std.clamp(min=1e-6)  # a feature that is always 0 keeps weight 0
     features = features.sub_(mean[:, None]).div_(std[:, None])
-    if val_set:
-        held_out = split_features(encoder, val_set, args, cfg, processes)
-        held_out_labels = val_set.labels.to(device)
+    held_out = split_features(encoder, val_set, args, stage1, processes) if val_set else None
     best = None
     for penalty in args.penalty if val_set else args.penalty[:1]:
         for expert, head in enumerate(encoder.heads):
-            weight, bias = regression(features[expert], labels, log_prior, penalty)
+            weight, bias = regression(features[expert], labels, penalty)
             head.weight.data = weight / std[expert]
-            head.bias.data = bias - head.weight.data @ mean[expert]
+            head.bias.data = bias - log_prior - head.weight.data @ mean[expert]
         accuracy = None
         if val_set:
-            right = encoder.heads(held_out).mean(0).argmax(1) == held_out_labels
-            accuracy = class_mean(right, held_out_labels, len(counts))
+            top = encoder.heads(held_out).mean(0).argmax(1, keepdim=True).cpu()
+            accuracy = metrics(top, val_set.labels, counts.cpu())["all"]
             if rank == 0:
                 print(f"classifier, penalty {penalty:g}  val {accuracy:.2f}", file=sys.stderr)
         if not best or accuracy > best["accuracy"]:
@@ -176,30 +156,27 @@ def fit_classifier(encoder, train_set, val_set, args, cfg, processes):
     return best
 
 
-def regression(features, labels, log_prior, penalty):
-    """Logistic regression with the class prior in its logits: weight [classes, C], bias [classes].
+def regression(features, labels, penalty):
+    """Multinomial logistic regression: weight [classes, C] and bias [classes].
 
-        min over W, b of  mean_i cross_entropy(W x_i + b + log prior, y_i) + penalty |W|^2
+        min over W, b of  mean_i cross_entropy(W x_i + b, y_i) + penalty |W|^2
 
-    features [N, C] are x_i, labels [N] are y_i, log_prior [classes]. The sum goes over chunks of N,
-    so that the logits [N, classes] are never held at once. The problem is convex, and L-BFGS starts
-    from zero: the result is the same every time.
+    features [N, C] are x_i, labels [N] are y_i. The problem is convex, and L-BFGS always starts
+    from W = 0 and the logarithm of the class prior as b. The sum goes over chunks of N, so that the
+    logits [N, classes] are never held at once.
     """
-    classes = len(log_prior)
-    weight = features.new_zeros(classes, features.shape[1], requires_grad=True)
-    bias = features.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=500, history_size=10, tolerance_grad=1e-5,
-        line_search_fn="strong_wolfe",
-    )
+    prior = labels.bincount() / len(labels)
+    weight = features.new_zeros(len(prior), features.shape[1], requires_grad=True)
+    bias = prior.log().to(features.dtype).requires_grad_()
+    options = dict(max_iter=500, history_size=10, tolerance_grad=1e-5)
+    optimizer = torch.optim.LBFGS([weight, bias], **options, line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
         total = penalty * weight.square().sum()
         total.backward()
         for x, y in zip(features.split(8192), labels.split(8192)):
-            logits = x @ weight.T + bias + log_prior
-            loss = F.cross_entropy(logits, y, reduction="sum") / len(labels)
+            loss = F.cross_entropy(x @ weight.T + bias, y, reduction="sum") / len(labels)
             loss.backward()
             total = total.detach() + loss.detach()
         return total
@@ -208,17 +185,16 @@ def regression(features, labels, log_prior, penalty):
     return weight.detach(), bias.detach()
 
 
-def train_classifier(encoder, train_set, val_set, args, cfg, processes):
+def train_classifier(encoder, train_set, val_set, args, stage1, processes):
     """Train the heads by SGD with class-balanced sampling, as the paper does.
 
-    The encoder ends with the weights of the best epoch on val_set; if that is None, of the last.
-    Returns {"accuracy", "epoch"}; the accuracy is on val_set. Continues from classifier.pth.
+    The encoder ends with the weights of the best epoch on val_set or, without one, of the last.
+    Returns {"accuracy" on val_set, "epoch"}. Continues from classifier.pth.
     """
     rank, world, device = processes
     path, counts = args.output / "classifier.pth", train_set.labels.bincount()
-    optimizer = torch.optim.SGD(
-        encoder.heads.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay
-    )
+    sgd = dict(lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(encoder.heads.parameters(), **sgd)
     epoch, best, saved = 0, None, resume(path, STAGE, args, device)
     if saved:
         encoder.load_state_dict(saved["model"])
@@ -227,11 +203,9 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
     per_epoch = len(train_set) // args.batch_size
     split = dict(start=epoch * per_epoch, rank=rank, world=world, balanced=True, seed=args.seed)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, **split)
-    loader = load_batches(train_set, batches, cfg, int(args.augment), args.workers, device)
-    val_loader = evaluation_loader(val_set, args, cfg, processes) if val_set else None
-    heads = encoder.heads
-    if dist.is_initialized():
-        heads = DistributedDataParallel(heads)
+    crops = BatchDataset(train_set, stage1, int(args.augment))
+    loader = load_batches(crops, batches, args.workers, device)
+    heads = DistributedDataParallel(encoder.heads) if dist.is_initialized() else encoder.heads
     progress, began = Progress(len(batches.steps)), time.monotonic()
     for step, (images, labels) in zip(batches.steps, loader):
         encoder.train(args.bn == "train")
@@ -241,9 +215,9 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
         if args.augment:
             seed = data.seed_from(args.seed, step, 1)  # not the stream that drew the classes
             draws = Draws(seed, args.batch_size, batches.rows, device)
-            view, _, _ = data.query_views(images[0], draws, cfg)
+            view, _, _ = data.query_views(images[0], draws, stage1)
         else:
-            view = data.evaluation_view(images, cfg)
+            view = data.evaluation_view(images, stage1)
         # Sum over experts, so that each classifier is trained as if it were alone.
         logits = heads(features_of(encoder, view, args.amp))
         loss = sum(F.cross_entropy(of_expert, labels) for of_expert in logits)
@@ -257,11 +231,10 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
         train.average_statistics(encoder)
         accuracy = None
         if val_set:
-            tally, _ = count_correct(encoder, val_loader, cfg, len(counts), device, args.amp)
-            accuracy = metrics(tally[0], counts)["all"]
-        if not (best and val_set) or accuracy > best["accuracy"]:
-            state = copy.deepcopy(encoder.state_dict())
-            best = dict(accuracy=accuracy, epoch=epoch, model=state)
+            top = top_classes(encoder, val_set, args, stage1, processes)
+            accuracy = metrics(top[0], val_set.labels, counts)["all"]
+        if best is None or val_set is None or accuracy > best["accuracy"]:
+            best = dict(accuracy=accuracy, epoch=epoch, model=copy.deepcopy(encoder.state_dict()))
         if rank == 0:
             state = dict(model=encoder.state_dict(), optimizer=optimizer.state_dict())
             save(path, dict(stage=STAGE, args=to_json(args), epoch=epoch, best=best, **state))
@@ -274,10 +247,10 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
     return best
 
 
-def classifier_of(cfg, state, classes, seed, keep_heads):
+def classifier_of(stage1, state, classes, seed, keep_heads):
     """Stage 1's frozen encoder, with linear classifiers as heads: new ones, or stage 1's."""
     torch.manual_seed(seed)
-    encoder = Encoder(cfg.arch, cfg.experts, classes).requires_grad_(False)
+    encoder = Encoder(stage1.arch, stage1.experts, classes).requires_grad_(False)
     for head in encoder.heads.requires_grad_(True):
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
@@ -289,131 +262,95 @@ def classifier_of(cfg, state, classes, seed, keep_heads):
 
 @torch.no_grad()
 def features_of(encoder, view, amp):
-    """The features of a view, float32 [E, B, C], for classifiers and kNN."""
+    """The features of a view, float32 [E, B, C], for classifiers."""
     with autocast(view.device, amp):
         return means([maps.float() for maps in encoder.feature_maps(view)])
 
 
-def evaluation_batches(count, rank=0, world=1, batch_size=128):
-    """This process's batches of a split; each image is in one batch of one process."""
-    rows = torch.arange(count)[rank::world]
-    return [(batch.tolist(), None) for batch in rows.split(batch_size) if len(batch)]
-
-
-def evaluation_loader(dataset, args, cfg, processes):
+def evaluation_loader(dataset, args, stage1, processes, kind=BatchDataset, batch_size=128):
     """A loader of this process's part of a split: process i % world loads image i."""
     rank, world, device = processes
-    batches = evaluation_batches(len(dataset), rank, world)
-    return load_batches(dataset, batches, cfg, 0, args.workers, device)
+    rows = torch.arange(len(dataset))[rank::world].split(batch_size)
+    batches = [(batch.tolist(), None) for batch in rows if len(batch)]
+    return load_batches(kind(dataset, stage1, crops=0), batches, args.workers, device)
 
 
 @torch.no_grad()
-def split_features(encoder, dataset, args, cfg, processes):
-    """The features of all images of a split, in their order, on all processes: [E, N, C]."""
+def split_features(encoder, dataset, args, stage1, processes, of=lambda features: features):
+    """of(features [E, B, C]) of all images of a split, in order, on all processes: [E, N, C]."""
     _, world, device = processes
     encoder.eval()
-    loader = evaluation_loader(dataset, args, cfg, processes)
-    views = (data.evaluation_view(images.to(device), cfg) for images, _ in loader)
-    none = encoder.heads[0].weight.new_zeros(len(encoder.heads), 0, encoder.heads[0].in_features)
-    features = torch.cat([none, *(features_of(encoder, view, args.amp) for view in views)], dim=1)
+    # A process may have no image of a small split.
+    parts = [of(torch.zeros(len(encoder.heads), 0, encoder.heads[0].in_features, device=device))]
+    for images, _ in evaluation_loader(dataset, args, stage1, processes):
+        view = data.evaluation_view(images.to(device, non_blocking=True), stage1)
+        parts.append(of(features_of(encoder, view, args.amp)))
+    rows = torch.cat(parts, dim=1)
     size = -(-len(dataset) // world)  # some processes have one image less
-    features = gather(F.pad(features, (0, 0, 0, size - features.shape[1]))[None])
-    return features.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(dataset)]
+    rows = gather(F.pad(rows, (0, 0, 0, size - rows.shape[1]))[None])  # [world, E, size, C]
+    return rows.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(dataset)]
+
+
+def top_classes(encoder, dataset, args, stage1, processes):
+    """Five first classes of each image by the mean of logits and by each expert: [1 + E, N, 5]."""
+
+    def top(features):
+        logits = encoder.heads(features)
+        logits = torch.cat([logits.mean(0, keepdim=True), logits])  # [1 + E, B, classes]
+        return logits.topk(min(5, logits.shape[2])).indices
+
+    return split_features(encoder, dataset, args, stage1, processes, of=top).cpu()
 
 
 # ------------------------------------------------------------------------------------------ metrics
 
 
-@torch.no_grad()
-def count_correct(encoder, loader, cfg, classes, device, amp):
-    """Count correct and wrong predictions on the loader's images, over all processes.
-
-    Returns two int64 tensors on the CPU. The first, [1 + E, 3, classes], counts the images of each
-    class, those whose label ranks first, and those whose label is among the first five; for the
-    mean of the experts' logits, then for each expert. The second, [classes, classes], counts how
-    often an image of a class (row) is taken for a class (column) by the mean of the logits; it is
-    None for more than MAX_CONFUSION_CLASSES classes.
-    """
-    encoder.eval()
-    tally = torch.zeros(1 + len(encoder.heads), 3, classes, dtype=torch.long, device=device)
-    pairs = classes**2 if classes <= MAX_CONFUSION_CLASSES else 0
-    confusion = torch.zeros(pairs, dtype=torch.long, device=device)
-    for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        view = data.evaluation_view(images, cfg)
-        logits = encoder.heads(features_of(encoder, view, amp))
-        logits = torch.cat([logits.mean(0, keepdim=True), logits])  # [1 + E, B, classes]
-        top = logits.topk(min(5, classes)).indices  # [1 + E, B, 5]
-        hits = top == labels[:, None]
-        counted = torch.stack([torch.ones_like(hits[..., 0]), hits[..., 0], hits.any(2)], dim=1)
-        tally.index_add_(2, labels, counted.long())
-        if len(confusion):
-            confusion.index_add_(0, labels * classes + top[0, :, 0], torch.ones_like(labels))
-    tally, confusion = (gather(part[None]).sum(0).cpu() for part in (tally, confusion))
-    return tally, confusion.view(classes, classes) if len(confusion) else None
-
-
-def metrics(tally, train_counts):
+def metrics(top, labels, train_counts):
     """Accuracies in percent: top1 and top5 over images; many, medium, few and all over classes.
 
-    tally [3, classes] is from count_correct, train_counts [classes]. The accuracy of a group is the
-    mean over its classes; on a balanced test set `all` equals top1. A class without images is None
-    and left out of all means; a group without images is None.
+    top [N, 5] are the first classes of each image, labels [N] the true ones, train_counts [classes]
+    the training images of each class. A class without images is None and left out of the means over
+    classes; a group without images is None.
     """
-    here = tally[0] > 0
-    per_class = 100 * tally[1].double() / tally[0]
-    groups = shot_groups(train_counts) | {"all": here}
-    groups = {name: per_class[mask & here] for name, mask in groups.items()}
+    hits = top == labels[:, None]
+    counts = labels.bincount(minlength=len(train_counts))
+    per_class = 100 * labels[hits[:, 0]].bincount(minlength=len(train_counts)).double() / counts
+    groups = shot_groups(train_counts) | {"all": counts > 0}
+    groups = {name: per_class[mask & (counts > 0)] for name, mask in groups.items()}
     means = {n: round(part.mean().item(), 6) if len(part) else None for n, part in groups.items()}
-    top1, top5 = (100 * tally[1:].sum(1).double() / tally[0].sum()).tolist()
-    per_class = [value if counts else None for value, counts in zip(per_class.tolist(), here)]
+    top1, top5 = (100 * of.double().mean().item() for of in (hits[:, 0], hits.any(1)))
+    per_class = [value if count else None for value, count in zip(per_class.tolist(), counts)]
     return dict(top1=top1, top5=top5, **means, per_class=per_class)
-
-
-def class_mean(right, labels, classes):
-    """Mean accuracy over the classes that occur in `labels`, in percent."""
-    counts = labels.bincount(minlength=classes)
-    right = labels[right].bincount(minlength=classes)
-    return 100 * (right / counts)[counts > 0].mean().item()
 
 
 def table(results, counts):
     """The results as a table to print."""
-    limits = dict(many="many-shot, > 100", medium="medium-shot", few="few-shot, < 20")
+    titles = dict(many="many-shot, > 100", medium="medium-shot", few="few-shot, < 20")
     rows = [("", "classes", "training images", "top-1")]
     for name, mask in shot_groups(counts).items():
         if mask.any():
-            most, least = int(counts[mask].max()), int(counts[mask].min())
-            span = f"{most} to {least} each" if most > least else f"{most} each"
+            span = f"{counts[mask].max()} to {counts[mask].min()} each"
             accuracy = "-" if results[name] is None else f"{results[name]:.2f}"
-            rows.append((limits[name], int(mask.sum()), span, accuracy))
+            rows.append((titles[name], int(mask.sum()), span, accuracy))
     rows.append(("all, mean of classes", len(counts), int(counts.sum()), f"{results['all']:.2f}"))
     rows.append(("top1, mean of images", "", "", f"{results['top1']:.2f}"))
     lines = ["{:<24}{:>8}{:>20}{:>8}".format(*row) for row in rows]
     missing, split = results["per_class"].count(None), results["reported_on"]
     if missing:
-        verb = "have" if missing > 1 else "has"
-        lines.append(
-            f"{missing} of {len(counts)} classes {verb} no {split} image and "
-            f"{'are' if missing > 1 else 'is'} left out"
-        )
+        lines.append(f"classes without a {split} image, left out: {missing} of {len(counts)}")
     return "\n".join(lines)
 
 
-def worst_confusions(confusion, names, count=3):
-    """Lines such as "Shirt predicted as T-shirt: 23 % of 1000 images", largest rates first.
-
-    confusion [classes, classes] is from count_correct.
-    """
-    totals = confusion.sum(1)
-    rates = confusion.double() / totals.clamp(min=1)[:, None]
-    rates += 1e-9 * confusion  # if rates are equal, more images first
-    values, places = rates.fill_diagonal_(0).flatten().topk(min(count, rates.numel()))
-    pairs = [(value, *divmod(place, len(names))) for value, place in zip(values, places.tolist())]
+def worst_confusions(predicted, labels, names, count=3):
+    """Lines such as "Shirt predicted as T-shirt: 23 % of 1000 images", largest rates first."""
+    pairs, times = torch.stack([labels, predicted]).unique(dim=1, return_counts=True)
+    totals, wrong = labels.bincount().tolist(), []
+    for (label, other), number in zip(pairs.T.tolist(), times.tolist()):
+        if label != other:
+            wrong.append((number / totals[label], number, label, other))
     return [
-        f"{names[label]} predicted as {names[other]}: {100 * value:.0f} % of {totals[label]} images"
-        for value, label, other in pairs
-        if value > 0
+        f"{names[label]} predicted as {names[other]}: {100 * rate:.0f} % of {totals[label]} images"
+        for rate, _, label, other in sorted(wrong, reverse=True)[:count]
     ]
 
 
@@ -436,26 +373,24 @@ class ReadableImages(BatchDataset):
 
 @torch.no_grad()
 def predict(args, saved):
-    """Print a JSON line for each image of args.predict, which are files and folders.
+    """Print path, class, probability and next four classes of images, a JSON line each.
 
-    It holds the path, the class, its probability, and the next four classes with theirs. `saved`
-    is the content of model.pth. The exit code is 2 if a file could not be read.
+    They are the files and folders args.predict; `saved` is the content of model.pth. The exit code
+    is 2 if a file could not be read.
     """
-    rank, world, device = train.start(args)
-    cfg, names = argparse.Namespace(**saved["args"]["stage1"]), saved["classes"]
-    encoder = Encoder(cfg.arch, cfg.experts, len(names)).eval()
-    encoder.load_state_dict(saved["model"])
+    rank, world, device = processes = train.start(args)
+    stage1, names = argparse.Namespace(**saved["args"]["stage1"]), saved["classes"]
+    encoder = classifier_of(stage1, saved["model"], len(names), seed=0, keep_heads=True).eval()
     encoder = encoder.to(device, memory_format=torch.channels_last)
     paths, unreadable = [], 0
     for path in args.predict:
-        found = [image for image, _ in data.find_images(path)] if path.is_dir() else [path]
+        found = data.find_images(path)[0] if path.is_dir() else [path]
         if not found and rank == 0:
             print(f"eval.py: {path} holds no images", file=sys.stderr)
         unreadable += not found
         paths += found
     files = data.ImageFiles(Path(), list(map(os.fsencode, paths)), [0] * len(paths), "")
-    shard = evaluation_batches(len(files), rank, world)
-    loader = load_batches(files, shard, cfg, 0, args.workers, device, ReadableImages)
+    loader = evaluation_loader(files, args, stage1, processes, ReadableImages)
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names may be any bytes
     for images, indices, problems in loader:
         for problem in problems:
@@ -463,7 +398,7 @@ def predict(args, saved):
         unreadable += len(problems)
         if not indices:
             continue
-        view = data.evaluation_view(images.to(device), cfg)
+        view = data.evaluation_view(images.to(device), stage1)
         logits = encoder.heads(features_of(encoder, view, args.amp)).mean(0)  # [B, classes]
         top = logits.softmax(1).topk(min(5, len(names)))
         for index, values, labels in zip(indices, top.values.tolist(), top.indices.tolist()):
@@ -476,30 +411,7 @@ def predict(args, saved):
         sys.exit(2)
 
 
-# ---------------------------------------------------------------------- kNN, summary, export, plots
-
-
-@torch.no_grad()
-def neighbour_accuracy(encoder, train_set, held_out, args, cfg, processes, k=10, temperature=0.07):
-    """Balanced accuracy, in percent, of a vote of the k nearest training images.
-
-    Nearest is by the cosine of the backbone's features; a vote has the weight
-    exp(cosine / temperature) (Wu et al., 2018).
-    """
-
-    def embed(dataset):
-        features = split_features(encoder, dataset, args, cfg, processes)
-        features = F.normalize(torch.cat(list(features), dim=1), dim=1)
-        return features, dataset.labels.to(features.device)
-
-    (bank, bank_labels), (features, labels) = embed(train_set), embed(held_out)
-    classes, right = int(bank_labels.max()) + 1, []
-    for rows, of_rows in zip(features.split(256), labels.split(256)):
-        cosine, nearest = (rows @ bank.T).topk(min(k, len(bank)))
-        votes = rows.new_zeros(len(rows), classes)
-        votes.scatter_add_(1, bank_labels[nearest], (cosine / temperature).exp())
-        right.append(votes.argmax(1) == of_rows)
-    return class_mean(torch.cat(right), labels, classes)
+# --------------------------------------------------------------------------- summary, export, plots
 
 
 def summary(runs):
@@ -512,38 +424,34 @@ def summary(runs):
     for run in finished:
         try:
             results = json.loads((run / "results.json").read_text())
-            settings = flatten(results["arguments"], ignored)
+            settings = comparable(results["arguments"], ignored)
             accuracies = [results[name] for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{run}/results.json cannot be read ({error}): run eval.py") from None
-        settings = {name: json.dumps(value) for name, value in settings.items()}
-        groups.setdefault(tuple(sorted(settings.items())), []).append(accuracies)
-
-    def mean_and_std(values):
-        if None in values:
-            return "-"
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{spread}"
+        key = tuple((name, json.dumps(value)) for name, value in sorted(settings.items()))
+        groups.setdefault(key, []).append(accuracies)
 
     lines = ["".join(f"{name:>15}" for name in names) + f"{'seeds':>7}"]
-    for settings, members in groups.items():
-        line = "".join(f"{mean_and_std(values):>15}" for values in zip(*members))
-        differ = [f"{n} {v}" for n, v in settings if any(dict(o).get(n) != v for o in groups)]
+    for key, members in groups.items():
+        line = ""
+        for values in zip(*members):
+            cell = "-" if None in values else f"{statistics.mean(values):.2f}"
+            if len(values) > 1 and None not in values:
+                cell += f" ± {statistics.stdev(values):.2f}"
+            line += f"{cell:>15}"
+        differ = [f"{n} {v}" for n, v in key if any(dict(other).get(n) != v for other in groups)]
         lines.append(f"{line}{len(members):>7}  {', '.join(differ)}")
     return "\n".join(lines)
 
 
-def export(path, encoder, cfg, names):
-    """Write the weights under torchvision's names, for load_state_dict, and PATH.json beside them.
-
-    PATH.json has the names of the classes, and how to resize, crop and normalise an image.
-    """
+def export(path, encoder, stage1, names):
+    """Write the weights under torchvision's names, and PATH.json with what else a user needs."""
     parts = encoder.shared, encoder.branches[0], nn.ModuleDict(dict(fc=encoder.heads[0]))
     state = {name: value.cpu() for part in parts for name, value in part.state_dict().items()}
     save(path, state)
-    card = dict(arch=cfg.arch, classes=names, mean=cfg.mean, std=cfg.std)
-    if not data.in_memory(cfg.dataset):
-        card |= dict(resize=data.shorter_side(cfg.view_size), crop=cfg.view_size)
+    card = dict(arch=stage1.arch, classes=names, mean=stage1.mean, std=stage1.std)
+    if not data.in_memory(stage1.dataset):
+        card |= dict(resize=data.shorter_side(stage1.view_size), crop=stage1.view_size)
     save(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
     print(f"wrote {path} and {path}.json", file=sys.stderr)
 
@@ -551,13 +459,12 @@ def export(path, encoder, cfg, names):
 GROUP_COLORS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 62, 104)}
 
 
-def draw_accuracy(path, results, names):
+def draw_accuracy(directory, results, names):
     """Draw a bar for each class, sorted by training images, coloured by many, medium and few."""
     counts, font = torch.tensor(results["counts"]), load_font()
     order = counts.argsort(descending=True, stable=True).tolist()
     width, left, bottom = max(1, min(50, 1600 // len(order))), 40, 340  # 3 pixels a percent
-    size = max(450, left + width * len(order) + 20), bottom + 130
-    image = Image.new("RGB", size, "white")
+    image = Image.new("RGB", (max(450, left + width * len(order) + 20), bottom + 130), "white")
     draw = ImageDraw.Draw(image)
     title = f"top-1 on {results['reported_on']}, mean of classes: {results['all']:.2f}"
     draw.text((6, 4), title, "black", font)
@@ -565,23 +472,21 @@ def draw_accuracy(path, results, names):
         y = bottom - 3 * percent
         draw.line([(left, y), (image.width, y)], (220, 220, 220))
         draw.text((left - 6, y), str(percent), "black", font, "rm")
-    for column, (group, mask) in enumerate(shot_groups(counts).items()):
-        places = [n for n, label in enumerate(order) if mask[label]]
-        for n in places:
-            x, accuracy = left + n * width, results["per_class"][order[n]]
-            if accuracy is not None:  # else the class has no test image
-                box = x, bottom - 3 * accuracy, x + max(0, width - 2), bottom
-                draw.rectangle(box, GROUP_COLORS[group])
-        if places and results[group] is not None:
-            text = f"{group} {results[group]:.1f}"
-            draw.text((left + 130 * column, bottom - 308), text, GROUP_COLORS[group], font, "ls")
-    for n, label in enumerate(order if len(order) <= 40 else ()):
-        name = caption(f"{names[label]} {counts[label]}", 120).rotate(90, expand=True)
-        image.paste(name, (left + n * width + width // 2 - 9, bottom + 4))
-    image.save(path)
+    groups = shot_groups(counts)
+    for n, label in enumerate(order):
+        x, accuracy = left + n * width, results["per_class"][label]
+        if accuracy is not None:  # else the class has no test image
+            color = next(GROUP_COLORS[group] for group, mask in groups.items() if mask[label])
+            draw.rectangle((x, bottom - 3 * accuracy, x + max(0, width - 2), bottom), color)
+        if len(order) <= 40:
+            name = caption(f"{names[label]} {counts[label]}", 120).rotate(90, expand=True)
+            image.paste(name, (x + width // 2 - 9, bottom + 4))
+    for n, group in enumerate(group for group in groups if results[group] is not None):
+        text = f"{group} {results[group]:.1f}"
+        draw.text((left + 130 * n, bottom - 308), text, GROUP_COLORS[group], font, "ls")
+    image.save(directory / "accuracy.png")
 
 
-@cache
 def load_font():
     """The installed font with the most letters; Pillow's default has ASCII only."""
     for name in ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf"):
@@ -598,101 +503,85 @@ def caption(text, width):
 
 
 @torch.no_grad()
-def draw_activation(path, encoder, dataset, counts, cfg, names, device, side=160):
+def draw_activation(directory, encoder, dataset, counts, stage1, names, device, side=160):
     """Draw class activation maps (Zhou et al., 2016) of images of the four smallest classes.
 
-    The map is the feature map times the classifier's weights of the image's class, summed over
-    experts, as colours over the image: red where the class is seen most, blue where least.
+    The map is the sum over experts of the feature map times the weights of the image's class.
     """
     here = dataset.labels.unique()
     tail = here[counts[here].argsort(stable=True)[:4]]
     rows = torch.cat([(dataset.labels == label).nonzero()[:3, 0] for label in tail]).tolist()
-    images, labels = dataset.views(rows, rows, cfg, 0), dataset.labels[rows]
-    feature_maps = encoder.eval().feature_maps(data.evaluation_view(images.to(device), cfg))
+    images, labels = dataset.views(rows, rows, stage1, 0), dataset.labels[rows]
+    feature_maps = encoder.eval().feature_maps(data.evaluation_view(images.to(device), stage1))
     pairs = zip(encoder.heads, feature_maps)
     maps = sum(torch.einsum("bc,bchw->bhw", h.weight[labels], f.float()) for h, f in pairs).cpu()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     maps = ((maps - low) / (high - low).clamp(min=1e-12))[:, None]  # [B, 1, h, w]
     maps = F.interpolate(maps, (side, side), mode="bilinear")
     shown = F.interpolate(images[0].expand(-1, 3, -1, -1) / 255, (side, side))
-    # Each colour's peak: blue at 1/4, green at 1/2, red at 3/4.
-    peaks = torch.tensor([3.0, 2.0, 1.0]).view(3, 1, 1)
-    colors = (1.5 - (4 * maps - peaks).abs()).clamp(0, 1)  # [B, 3, side, side]
+    colors = torch.cat([maps, 0 * maps, 1 - maps], dim=1)  # [B, 3, side, side]
     both = torch.cat([shown, (shown + colors) / 2], dim=3)
-    legend = caption("red: where the class is seen most, blue: least", 2 * side)
-    strips = [caption(f"{names[c]}: {counts[c]} training images", 2 * side) for c in labels]
-    strips = [torch.cat([pil_to_tensor(part) / 255 for part in (s, legend)], 1) for s in strips]
-    save_image(torch.cat([both, torch.stack(strips)], dim=2), path, nrow=3, pad_value=1)
+    texts = [f"{names[c]}: {counts[c]} training images; red: seen most" for c in labels]
+    strips = torch.stack([pil_to_tensor(caption(text, 2 * side)) / 255 for text in texts])
+    save_image(torch.cat([both, strips], dim=2), directory / "activation.png", nrow=3, pad_value=1)
 
 
 # ---------------------------------------------------------------------------------------- arguments
 
 
-def settle_classifier(parser, args):
-    """Set the settings that no flag has set, which are None, to the data set's defaults.
-
-    Settings of the other classifier stay None; a flag that sets one of them is an error.
-    --epochs 0 selects the classifier that stage 1 has trained.
-    """
-    defaults = parser.entry["stage2"]
-    given = {name for name in STAGE2 if getattr(args, name) is not None}
-    kind = "stage1" if args.epochs == 0 else args.classifier or defaults["classifier"]
-    taken = dict(adjusted={"penalty"}, stage1={"epochs"}, balanced=STAGE2 - {"penalty"})
-    for name in STAGE2 - given:
-        setattr(args, name, defaults[name] if name in taken[kind] else None)
-    for name in sorted(given - taken[kind] - {"classifier"}):
-        other = "adjusted" if name == "penalty" else "balanced"
-        parser.error(f"--{name.replace('_', '-')}: this flag is for --classifier {other}")
-    args.classifier = kind
-
-
 def parse_args():
     """The arguments, and the content of the checkpoint or, for --predict, of model.pth."""
-    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = data.Parser()
     for flag in ("--checkpoint", "--output", "--dataset", "--predict", "--summary"):
-        where.add_argument(flag, nargs="?")
-    where = where.parse_known_args()[0]
-    output = Path(where.output or Path("runs") / (where.dataset or data.DEFAULT))
-    path = Path(where.checkpoint or output / "checkpoint.pth")
-    of_file = (output / "model.pth", RESULT, "eval.py") if where.predict else (path, train.STAGE)
-    saved, cfg = None, {}
-    if of_file[0].exists() and not where.summary:
-        saved = load(*of_file)
-        cfg = saved["args"]["stage1"] if where.predict else saved["args"]
-    parser = Parser(__doc__, cfg.get("dataset", where.dataset or data.DEFAULT), "--output RUN")
-    add_run_flags(parser)
-    parser.path("checkpoint", "FILE", "checkpoint of train.py (default: the one in --output)")
-    parser.begin("instead of training the classifier")
-    text = "print class, probability and the next four classes of images, as JSON lines"
-    parser.path("predict", "PATH", text, nargs="+")
-    text = "print mean and standard deviation of finished runs that differ only in their seed"
-    parser.path("summary", "RUN", text, nargs="+")
-    parser.switch("knn", "print the nearest-neighbour accuracy; also possible while stage 1 trains")
-    parser.begin("additional output")
-    parser.path("plots", "DIR", "draw accuracy by class and class activation maps")
-    parser.path("export", "FILE", "write the weights under torchvision's names")
-    parser.begin("classifier")
-    parser.settings("stage2")
-    parser.set_defaults(output=path.parent, checkpoint=path)
-    parser.set_defaults(**{name: cfg.get(name) for name in ("data_root", "index_dir", "imbalance")})
-    args = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(STAGE2)))
+        first.add_argument(flag, nargs="?")
+    first = first.parse_known_args()[0]
+    output = Path(first.output or f"runs/{first.dataset or data.DEFAULT}")
+    checkpoint = Path(first.checkpoint or output / "checkpoint.pth")
+    file = (output / "model.pth", RESULT, "eval.py") if first.predict else (checkpoint, train.STAGE)
+    saved = load(*file) if file[0].exists() and not first.summary else None
+    stage1 = saved["args"] if saved else {}
+    stage1 = stage1.get("stage1", stage1)  # in model.pth it is a part of eval.py's arguments
+
+    # The defaults are those of the run's data set, and its paths.
+    parser = data.Parser(description=__doc__)
+    dataset = data.add_data_flags(parser, stage1.get("dataset", data.DEFAULT))
+    flag = parser.add_argument_group("what to do").add_argument
+    flag("--checkpoint", type=Path, default=checkpoint, metavar="FILE", help="file of train.py")
+    flag("--predict", type=Path, nargs="+", metavar="PATH", help="predict images, as JSON lines")
+    text = "mean and deviation of finished runs that differ only in their seed"
+    flag("--summary", type=Path, nargs="+", metavar="RUN", help=text)
+    flag("--plots", type=Path, metavar="DIR", help="draw accuracy by class and activation maps")
+    text = "write the weights under torchvision's names; networks of small images have none"
+    flag("--export", type=Path, metavar="FILE", help=text)
+    run_rows = train.run_settings(dataset)
+    train.add_settings(parser, "run", dataset, run_rows)
+    train.add_settings(parser, "classifier", dataset, STAGE2)
+    images = {name: stage1[name] for name in ("data_root", "index_dir", "imbalance") if stage1}
+    parser.set_defaults(output=checkpoint.parent if first.checkpoint else output, **images)
+    args = train.parse_within_limits(parser, run_rows + STAGE2)
     if args.summary:
         return args, None
-    settle_classifier(parser, args)
-    saved = saved or load(*of_file)
+    saved = saved or load(*file)
     if args.predict:
-        if data.in_memory(cfg["dataset"]):
-            raise BadInput(
-                f"--predict: {args.output} was trained on {cfg['dataset']}, whose images are held "
-                "in memory; it needs a run on image files"
-            )
+        if data.in_memory(dataset):
+            raise BadInput(f"--predict needs a run on image files, not on {dataset}")
         return args, saved
-    if args.dataset != cfg["dataset"]:
-        raise BadInput(f"{path} was trained on {cfg['dataset']}, not on {args.dataset}")
-    if args.epochs == 0 and cfg["loss"] not in train.CLASSIFIERS:
-        raise BadInput(f"--epochs 0: {path} has no classifier; --loss ce or la trains one")
-    if args.export and (cfg["arch"] in SMALL_ARCHS or cfg["experts"] > 1):
-        raise BadInput(f"--export: torchvision has no {cfg['arch']} of {cfg['experts']} experts")
+    if dataset != stage1["dataset"]:
+        raise BadInput(f"{checkpoint} was trained on {stage1['dataset']}, not on {dataset}")
+
+    if args.epochs == 0:
+        args.classifier = "stage1"
+        if stage1["loss"] not in train.CLASSIFIERS:
+            raise BadInput(f"--epochs 0: {checkpoint} has no classifier; --loss ce or la have one")
+    defaults = train.values_for(dataset, STAGE2)
+    used = dict(adjusted={"penalty"}, stage1={"epochs"}, balanced=defaults.keys() - {"penalty"})
+    for name in defaults.keys() - used[args.classifier] - {"classifier"}:
+        if getattr(args, name) != defaults[name]:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag}: this flag is not for the classifier {args.classifier}")
+    if args.export and (stage1["arch"] in SMALL_ARCHS or stage1["experts"] > 1):
+        network = f"{stage1['arch']} of {stage1['experts']} experts"
+        raise BadInput(f"--export: torchvision has no {network}")
     return args, {name: saved[name] for name in ("args", "step", "encoder")}
 
 

@@ -165,10 +165,7 @@ class Queue(nn.Module):
 
 
 def build_backbone(arch):
-    """One of ARCHS up to its last feature map, and the number of channels of that map.
-
-    Modules have torchvision's names (conv1, bn1, layer1, ...), so that weights can be exchanged.
-    """
+    """One of ARCHS up to its last feature map, and that map's channels; torchvision's names."""
     if arch in SMALL_ARCHS:
         return cifar_resnet(**SMALL_ARCHS[arch])
     resnet = get_model(arch, weights=None, zero_init_residual=True)
@@ -180,10 +177,9 @@ def cifar_resnet(blocks, channels, strides):
     """A ResNet for images of 28 to 64 pixels (He et al., 2016, section 4.2).
 
     A 3x3 stem and three stages of `blocks` basic blocks with projection shortcuts; `strides` are
-    those of the stem and the stages. resnet_small has one block in each stage, twice the width of
-    resnet20 and a stem of stride 2, which gave more accuracy in equal time; resnet_tiny has 3/4 of
-    its width. The last BatchNorm of a block does not start at zero, which with so few blocks would
-    cost a short run several points.
+    those of the stem and the stages. resnet_small is wide and shallow, which gave more accuracy in
+    equal time; resnet_tiny has 3/4 of its width. The last BatchNorm of a block does not start at
+    zero, which with so few blocks would cost a short run several points.
     """
 
     def stage(inputs, outputs, stride):
@@ -213,9 +209,9 @@ def cifar_resnet(blocks, channels, strides):
 def smallest_sides(arch):
     """Side lengths, in pixels, of the smallest useful view and of the smallest useful patch.
 
-    The last feature map of a view needs 2 x 2 cells, since all regions of a single cell are the
-    same. A patch may shrink to one cell only at the last stride: if it does so earlier, gradients
-    in bfloat16 on CPUs differ from run to run (torch 2.14).
+    The last feature map of a view needs 2 x 2 cells: all regions of a single cell are the same. A
+    patch may shrink to one cell only at the last stride: if it does so earlier, gradients in
+    bfloat16 on CPUs differ from run to run (torch 2.14).
     """
     halvings = 2 if arch in SMALL_ARCHS else 5  # a stride halves a side, rounding up
     return 2**halvings + 1, 2 ** (halvings - 1) + 1
@@ -224,8 +220,8 @@ def smallest_sides(arch):
 def load_pretrained(encoder, arch, source):
     """Load weights of torchvision's architecture into every expert's backbone.
 
-    source is a file with a state dict, or torchvision's name of weights (such as IMAGENET1K_V1),
-    which are downloaded once. The classifier `fc` is left out. Raises ValueError on a mismatch.
+    source is a file, or torchvision's name of weights (IMAGENET1K_V1), which are downloaded once.
+    The classifier `fc` is left out. Raises ValueError on a mismatch.
     """
     names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
     try:
@@ -242,5 +238,5 @@ def load_pretrained(encoder, arch, source):
         raise ValueError(f"{reason}; download it elsewhere and give the file's path") from None
     except Exception as error:  # a missing or foreign file, weights of another network
         reason = " ".join(str(error).split())[:160]
-        known = f", nor torchvision's {' or '.join(names)}" if names else ""
+        known = "".join(f", nor torchvision's {name}" for name in names)
         raise ValueError(f"not a file of {arch} weights{known} ({reason})") from None

@@ -2,14 +2,16 @@ r"""Stage 1 of DSCL + PBSD: train the representation. Stage 2, eval.py, fits a c
 
     python train.py                                                # the default, on a laptop
     python train.py --loss scl --pbsd-weight 0                     # the SCL baseline
-    torchrun --nproc_per_node=8 train.py --dataset imagenet_lt --data-root DIR       # 8 GPUs
+    python train.py --dataset imagefolder --views views.png        # draw what the networks see
+    torchrun --nproc_per_node=8 train.py --dataset imagenet_lt     # 8 GPUs; data.py --help: images
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \
-        --rdzv-id=1 train.py --dataset imagenet_lt --data-root DIR     # on each of two hosts
+        --rdzv-id=1 train.py --dataset imagenet_lt                 # on each of two hosts
 
 It writes OUTPUT/checkpoint.pth and OUTPUT/log.jsonl. After an interruption the same command
-continues from them.
+continues from them. --dataset NAME --help shows the settings for a data set.
 """
 
+import argparse
 import contextlib
 import copy
 import json
@@ -26,9 +28,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import draw_bounding_boxes, save_image
 
 import data
-from data import BadInput, Batches, Draws, Parser, Progress, load_batches, load_dataset, seed_from
+from data import BadInput, BatchDataset, Batches, Draws, Progress, load_batches, seed_from
 from losses import dscl_loss, pbsd_loss
 from models import ARCHS, Encoder, Queue, load_pretrained, moving_average, smallest_sides
 
@@ -42,12 +45,11 @@ LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
 def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     """DSCL + PBSD on one batch: a dict of the total `loss`, of `dscl` and, with patches, of `pbsd`.
 
-    If args.alpha is None (--loss scl), `dscl` is the plain SCL.
-    This rank has B images, all ranks together have N. `images` (uint8) is [2, B, C, H, W]: two
-    random crops of each image, one for each view. If the data set is held in memory, it is
-    [1, B, C, H, W]: the whole images, from which both views are cropped here. labels is [B].
-    `batch` (ShuffledBatch) knows which images of the global batch are this rank's, and has the
-    random numbers of this step.
+    With --loss scl, `dscl` is the plain SCL. This rank has B images, all ranks together have N.
+    images: a pair of uint8 [B, C, H, W], for the query views and for the key views. They are two
+    random crops of each image or, if the data set is held in memory, twice the whole images, from
+    which the views are cropped here. labels is [B]. `batch` (ShuffledBatch) knows which images of
+    the global batch are this rank's, and has the random numbers of this step.
     The contrast set is the other queries, all keys and the queue, as in the published code. But the
     published code takes the queries and keys of the local rank, and we take those of all ranks.
     """
@@ -55,11 +57,12 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     # boxes: L boxes in it, B_i[j] in the paper, [L, B, 4].
     # patches: the view inside these boxes, before its colours are changed, [L, B, 3, S, S]. Each is
     # flipped, changed in colour and blurred independently. Without PBSD boxes and patches are None.
-    view, boxes, patches = data.query_views(images[0], batch.draws(), args)
+    for_query, for_key = images
+    count = args.patches if args.pbsd_weight else 0
+    view, boxes, patches = data.query_views(for_query, batch.draws(), args, count)
     # The key view is of B images as well, but of a random permutation of the images of all ranks:
     # otherwise the BatchNorm statistics could leak which key matches a query (shuffle BN).
-    shuffled = batch.shuffle(images[-1])  # the second crops, or the whole images
-    key_view = data.key_view(shuffled, batch.draws(keys=True), args)
+    key_view = data.key_view(batch.shuffle(for_key), batch.draws(keys=True), args)
 
     # All embeddings are float32 vectors of length 1 and D numbers, from each of the E experts:
     # z: queries z_i [E, B, D]; c: teachers c_i[j], and s: students s_i[j], both [E, L, B, D];
@@ -77,11 +80,12 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     # it so that DDP's mean over ranks is the gradient of the whole loss. PBSD is of its B images.
     all_queries, all_labels = gather_queries(z, batch.rank_rows), gather(labels)
     keys, tau = all_keys[:, batch.rank_rows], args.temperature
+    alpha = None if args.loss == "scl" else args.alpha
     dscl, pbsd = [], []
     for e in range(args.experts):  # each expert has its own embeddings, queue and losses
         M = queue.keys[e]
         of_batch, of_queue = (all_queries[e], all_keys[e], all_labels), (M, queue.labels)
-        dscl.append(dscl_loss(*of_batch, *of_queue, alpha=args.alpha, temperature=tau))
+        dscl.append(dscl_loss(*of_batch, *of_queue, alpha=alpha, temperature=tau))
         if args.pbsd_weight:
             pbsd.append(pbsd_loss(c[e], s[e], keys[e], M, temperature=tau))
     # It is safe to change the queue before backward(), which reads no tensor of the queue.
@@ -93,8 +97,8 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     return dict(loss=dscl + args.pbsd_weight * pbsd, dscl=dscl, pbsd=pbsd)
 
 
-def cross_entropy_step(model, key_encoder, queue, images, labels, batch, args, log_prior):
-    """The baselines ce and la on one batch: linear classifiers on the query view; no key, no queue.
+def cross_entropy_step(model, log_prior, images, labels, batch, args):
+    """The baselines ce and la on one batch: linear classifiers on the query view.
 
     log_prior [classes] is added to the logits, in training only. For logit adjustment it is the
     logarithm of the class frequencies (Menon et al., 2021), for plain cross-entropy it is 0.
@@ -118,70 +122,73 @@ def learning_rate(step, per_epoch, args):
 
 def main():
     args = parse_args()
+    sets = data.load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
+    if args.views:
+        return draw_views(args.views, sets["train"], args)
     rank, world, device = start(args)
-    sets = load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     args.images = {split: len(part) for split, part in sets.items()}  # resume() compares them
     train_set, path = sets["train"], args.output / "checkpoint.pth"
     fit_batch(args, len(train_set))
     saved = resume(path, STAGE, args, device)
+    first = saved["step"] if saved else 0
+    ranks = dict(seed=args.seed, start=first, rank=rank, world=world)
+    batches = Batches(train_set.labels, args.batch_size, args.epochs, **ranks)
+    per_epoch, steps = batches.per_epoch, args.epochs * batches.per_epoch
 
     torch.manual_seed(args.seed)  # every process starts with the same weights
     counts = train_set.labels.bincount().to(device)
-    classes = len(counts) if args.loss in CLASSIFIERS else None
-    encoder = Encoder(args.arch, args.experts, classes)
+    baseline = args.loss in CLASSIFIERS
+    encoder = Encoder(args.arch, args.experts, len(counts) if baseline else None)
     if args.pretrained != "none" and not saved:
         try:
             load_pretrained(encoder, args.arch, args.pretrained)
         except ValueError as error:
             raise BadInput(f"--pretrained {args.pretrained}: {error}") from None
     encoder = encoder.to(device, memory_format=torch.channels_last)
-    key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-    queue = Queue(args.queue_size, args.experts).to(device)
-    optimizer = torch.optim.SGD(
-        encoder.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
-    )
+    sgd = dict(lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(encoder.parameters(), **sgd)
     # The state that a checkpoint holds. The random numbers of a step follow from (seed, step).
-    state = dict(encoder=encoder, key_encoder=key_encoder, queue=queue, optimizer=optimizer)
-    first = saved["step"] if saved else 0
-    if saved:
-        for name, part in state.items():
-            part.load_state_dict(saved.pop(name))
-
-    train_step, crops = dscl_pbsd_step, 2
-    if classes:
+    state = dict(encoder=encoder, optimizer=optimizer)
+    if baseline:
         frequencies = counts / counts.sum()
         log_prior = frequencies.log() if args.loss == "la" else torch.zeros_like(frequencies)
-        train_step, crops = partial(cross_entropy_step, log_prior=log_prior), 1
-    ranks = dict(seed=args.seed, start=first, rank=rank, world=world)
-    batches = Batches(train_set.labels, args.batch_size, args.epochs, **ranks)
-    loader = load_batches(train_set, batches, args, crops, args.workers, device)
-    per_epoch, steps = batches.per_epoch, args.epochs * batches.per_epoch
+        train_step = partial(cross_entropy_step, log_prior=log_prior)
+    else:
+        key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        queue = Queue(args.queue_size, args.experts).to(device)
+        state |= dict(key_encoder=key_encoder, queue=queue)
+        train_step = partial(dscl_pbsd_step, key_encoder=key_encoder, queue=queue)
+    for name, part in state.items() if saved else ():
+        part.load_state_dict(saved.pop(name))
+
+    crops = BatchDataset(train_set, args, crops=1 if baseline else 2)
+    loader = load_batches(crops, batches, args.workers, device)
     model = encoder
     if dist.is_initialized():
         model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
-        # Do not broadcast BatchNorm's buffers: they are averaged at every record. This is set here
-        # because since torch 2.14 the argument of the constructor gives a warning.
+        # BatchNorm's buffers are averaged at every record. torch 2.14 warns of an argument here.
         model.broadcast_buffers = False
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
-        print(
-            f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
-            f"{steps}, {per_epoch} per epoch; {world} x {device.type}, "
-            f"{'bfloat16' if args.amp == 'bf16' else 'float32'}", file=sys.stderr,
-        )
+        precision = "bfloat16" if args.amp == "bf16" else "float32"
+        print(f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
+              f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}",
+              file=sys.stderr)
 
     sums = summed = 0  # since the last record: sums of the loss and its terms, and steps
     logged_at = saved_at = time.monotonic()
     for step, (images, labels) in enumerate(loader, first + 1):  # step - 1 steps are done
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, per_epoch, args)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        pair = images[0], images[-1]  # two crops of each image, or twice the whole image
         batch = ShuffledBatch(args, step - 1, batches.rows, device)
-        values = train_step(model, key_encoder, queue, images, labels, batch, args)
+        values = train_step(model, images=pair, labels=labels, batch=batch, args=args)
         values["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         sums, summed = sums + torch.stack(list(values.values())).detach(), summed + 1
-        if step % per_epoch % LOG_EVERY:  # the last step of an epoch has remainder 0, too
+        of_epoch = step % per_epoch  # steps of this epoch so far; 0 at its end
+        if of_epoch % LOG_EVERY:
             continue
 
         means = gather((sums / summed)[None]).mean(0)
@@ -196,8 +203,9 @@ def main():
             terms = "  ".join(f"{name} {record[name]:.4g}" for name in values)
             epoch = f"epoch {step / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
             progress.show(step, f"{epoch}  {terms}  {rate:.0f} images/s")
-            due = min(1, args.save_minutes) if step % per_epoch == 0 else args.save_minutes
-            if step == steps or now - saved_at >= 60 * due:
+            # At the end of an epoch a checkpoint is written if the last one is a minute old.
+            minutes = args.save_minutes if of_epoch else min(1, args.save_minutes)
+            if step == steps or now - saved_at >= 60 * minutes:
                 os.fsync(log.fileno())  # on disk first: it has every record up to the checkpoint
                 parts = {name: part.state_dict() for name, part in state.items()}
                 save(path, dict(stage=STAGE, args=to_json(args), step=step, **parts))
@@ -211,10 +219,7 @@ def main():
 
 
 def start(args):
-    """Join torchrun's process group, if there is one; returns (rank, world size, device).
-
-    Sets args.amp to "bf16" or "off".
-    """
+    """Join torchrun's process group; returns (rank, world size, device) and settles args.amp."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no usable GPU; use --device cpu")
@@ -245,16 +250,12 @@ def explain(error):
     first = text.partition("\n")[0]
     full = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
     if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in full):
-        return 2, (
-            f"the GPU is out of memory ({first}); use a smaller --batch-size or more GPUs, leave "
-            "--amp at auto, and in stage 2 use --classifier balanced"
-        )
+        return 2, (f"the GPU is out of memory ({first}); use a smaller --batch-size or more GPUs, "
+                   "leave --amp at auto, and in stage 2 use --classifier balanced")
     # A worker was killed, or could not create a file in shared memory.
     if "DataLoader worker (pid" in text or "</torch_" in text:
-        return 2, (
-            f"a process that decodes images failed ({first}); often shared memory is too small: "
-            "start docker with --ipc=host or --shm-size=8g, or use --workers 0"
-        )
+        return 2, (f"a process that decodes images failed ({first}); often shared memory is too "
+                   "small: start docker with --ipc=host or --shm-size=8g, or use --workers 0")
     if isinstance(error, dist.DistError) or "gloo" in text or "EADDRINUSE" in text:
         # NCCL's message ends with the cause. If a process was lost, the same command continues; if
         # a port is taken or the network is set up wrongly, it would fail again.
@@ -293,10 +294,7 @@ def gather_queries(z, rank_rows):
 
 @torch.no_grad()
 def average_statistics(encoder):
-    """Replace the running statistics of BatchNorm by their mean over the ranks.
-
-    Each rank has those of its own images only. Training does not use them, but stage 2 may.
-    """
+    """Replace the running statistics of BatchNorm, which stage 2 may use, by their mean."""
     if dist.is_initialized():
         statistics = [buffer for buffer in encoder.buffers() if buffer.is_floating_point()]
         means = gather(torch.cat(statistics)[None]).mean(0)
@@ -335,6 +333,16 @@ class ShuffledBatch:
         return keys if self.order is None else gather(keys, dim=1)[:, self.order.argsort()]
 
 
+def fit_batch(args, count):
+    """Lower a batch size above the training set's size to the largest power of two that fits."""
+    if args.batch_size > count:
+        fitting = 2 ** (count.bit_length() - 1)
+        if data.RANK == 0:
+            print(f"--batch-size {args.batch_size} is lowered to {fitting}: the training set has "
+                  f"{count} images", file=sys.stderr)
+        args.batch_size = fitting
+
+
 # --------------------------------------------------------------------------------- saving, resuming
 
 
@@ -342,17 +350,12 @@ def check_finite(tensors, step, lr):
     """Raise BadInput if training has diverged, so that such weights are never saved."""
     # One launch computes the largest absolute values; it preserves NaN and infinity.
     if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
-        raise BadInput(
-            f"loss or weights are not finite at step {step}, lr {lr:.3g}: try a smaller --lr "
-            "with another --output; the last checkpoint, if there is one, was left unchanged"
-        )
+        raise BadInput(f"loss or weights are not finite at step {step}, lr {lr:.3g}: try a smaller "
+                       "--lr with another --output; the last checkpoint was left unchanged")
 
 
 def save(path, content):
-    """Write a string or a dict to a new file beside `path`, which then replaces `path`.
-
-    Raises BadInput if that fails; an existing file is then left unchanged.
-    """
+    """Write a string or a dict to a new file beside `path`, which then replaces `path`."""
     beside = path.with_name(path.name + ".new")
     try:
         with open(beside, "wb") as file:
@@ -364,11 +367,8 @@ def save(path, content):
         with contextlib.suppress(OSError):
             beside.unlink()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        if not path.parent.is_dir():
-            raise BadInput(f"{path.parent} has been deleted with all its files") from None
-        raise BadInput(
-            f"{path} cannot be written ({reason}); an existing file was left unchanged"
-        ) from None
+        unwritten = f"{path} cannot be written ({reason}); an existing file was left unchanged"
+        raise BadInput(unwritten) from None
 
 
 def load(path, stage, script="train.py"):
@@ -379,10 +379,8 @@ def load(path, stage, script="train.py"):
             raise ValueError
     except Exception as error:  # torch.load raises many kinds of errors on other files
         if getattr(error, "filename", None):  # the file could not be opened
-            raise BadInput(
-                f"{path} cannot be read ({error.strerror}): run {script} first, or give a run's "
-                "directory as --output"
-            ) from None
+            raise BadInput(f"{path} cannot be read ({error.strerror}): run {script} first, or give "
+                           "a run's directory as --output") from None
         raise BadInput(f"{path} is not a file of {stage}: move it to another place") from None
     return content
 
@@ -392,33 +390,26 @@ def to_json(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
-# Arguments that may change when a run continues; the last five are eval.py's.
-MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"} | {
-    "checkpoint", "plots", "export", "knn", "predict"
-}
+# Arguments that may change when a run continues: of both stages, and of eval.py alone.
+MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
+MAY_CHANGE |= {"views", "checkpoint", "plots", "export", "predict", "summary"}
 
 
-def flatten(settings, ignored=MAY_CHANGE, prefix=""):
+def comparable(settings, ignored=MAY_CHANGE):
     """A run's arguments without the ignored ones; those in a nested dict become "name key"."""
     flat = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and name not in ignored:
-            flat |= flatten(value, ignored, f"{prefix}{name} ")
-        elif name not in ignored:
-            flat[prefix + name] = value
+    for name in settings.keys() - ignored:
+        inner = settings[name] if isinstance(settings[name], dict) else {"": settings[name]}
+        flat |= {f"{name} {key}".strip(): inner[key] for key in inner.keys() - ignored}
     return flat
 
 
 def refuse_differences(path, before, args):
     """BadInput if the arguments of the run that wrote `path` differ from this run's."""
-    before, now = flatten(before), flatten(to_json(args))
-    differ = [
-        f"{name} was {before.get(name)}, now {now.get(name)}"
-        for name in sorted(before | now)
-        if before.get(name) != now.get(name)
-    ]
+    before, now = comparable(before), comparable(to_json(args))
+    differ = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if differ:
-        differences = "; ".join(differ)
+        differences = "; ".join(f"{n} was {before.get(n)}, now {now.get(n)}" for n in differ)
         raise BadInput(f"{path} belongs to another run ({differences}); choose another --output")
 
 
@@ -447,55 +438,173 @@ def open_log(path, args, step):
     return open(path, "a", buffering=1)
 
 
-# ---------------------------------------------------------------------------------------- arguments
+# ----------------------------------------------------------------------------------------- settings
+
+FASHION, CIFAR10, CIFAR100 = ("fashion_mnist_lt",), ("cifar10_lt",), ("cifar100_lt",)
+PLACES, INATURALIST, FOLDER = ("places_lt",), ("inaturalist18",), ("imagefolder",)
+CIFAR = CIFAR10 + CIFAR100
+SMALL = (*FASHION, *CIFAR, "small_imagefolder")  # data sets of small images
+
+# One row for each setting, which is a flag: its name, its value for ImageNet-LT, its limits or
+# choices, its meaning, and the data sets that differ, of which the last one counts. The values for
+# ImageNet-LT are the paper's, or its published code's where the paper gives none; `penalty` is
+# ours. So are all values for other data sets: those of FASHION and CIFAR were chosen on held-out
+# images (tests/RESULTS.md), the others are not tuned. A tuple takes as many values as the default
+# has, a list takes one or more.
+VIEWS = [
+    ("mean", (0.485, 0.456, 0.406), (0, 1), "mean of red, green and blue, from 0 to 1",
+     {FASHION: (0.286,) * 3, CIFAR10: (0.491, 0.482, 0.447), CIFAR100: (0.507, 0.487, 0.441)}),
+    ("std", (0.229, 0.224, 0.225), (0.001, 1), "standard deviation of red, green and blue",
+     {FASHION: (0.353,) * 3, CIFAR10: (0.247, 0.243, 0.262), CIFAR100: (0.267, 0.256, 0.276)}),
+    ("view_size", 224, (8, 4096), "side of a view in pixels; paper: 224", {SMALL: 32, FASHION: 20}),
+    ("crop_scale", (0.08, 1.0), (0.001, 1), "range of a view's part of the image's area",
+     {SMALL: (0.3, 1.0)}),
+    ("grey_p", 0.2, (0, 1), "probability that a query view or a patch becomes grey", {}),
+    ("blur_p", 0.5, (0, 1), "probability that a query view or a patch is blurred", {SMALL: 0.0}),
+    ("query_jitter", (0.4, 0.4, 0.4, 0.1), (0, 1), "brightness, contrast, saturation, hue jitter",
+     {FASHION: (0.2, 0.2, 0.2, 0.1)}),
+    ("query_jitter_p", 0.8, (0, 1), "probability that a query view or a patch is jittered", {}),
+    ("key_jitter", (0.4, 0.4, 0.4, 0.0), (0, 1), "the same for key views, which are all jittered",
+     {FASHION: (0.2, 0.2, 0.2, 0.0)}),
+    ("patches", 5, (1, 1024), "number L of patches of a view; paper: 5", {SMALL: 2, FASHION: 1}),
+    ("patch_size", 64, (4, 4096), "side of a patch in pixels; paper: 64", {SMALL: 16, FASHION: 8}),
+    ("patch_scale", (0.05, 0.6), (0.001, 1), "range of a patch's part of the view's area", {}),
+]
+STAGE1 = [
+    ("loss", "dscl", ("dscl", "scl", *CLASSIFIERS),
+     "or a baseline: scl has equal weights, ce is cross-entropy, la ce with logit adjustment", {}),
+    ("arch", "resnet50", ARCHS, "backbone",
+     {PLACES: "resnet152", FOLDER: "resnet18", SMALL: "resnet_small", FASHION: "resnet_tiny"}),
+    ("pretrained", "none", None, "weights to start from: a file, torchvision's name, or none",
+     {PLACES: "IMAGENET1K_V1"}),
+    ("experts", 1, (1, 16), "experts that share the first stages; their logits are averaged", {}),
+    ("epochs", 200, (1, 1e6), "passes over the training set",
+     {PLACES: 30, INATURALIST: 100, FOLDER: 400, FASHION: 120}),
+    ("warmup", 0.05, (0, 1), "fraction of the run in which the learning rate rises",
+     {PLACES: 0.0667, FOLDER: 0.025, SMALL: 0.025, FASHION: 0.0417}),
+    ("batch_size", 256, (1, 1e6), "images in a step of all processes", {FOLDER: 128, SMALL: 128}),
+    ("lr", 0.1, (1e-8, 1e3), "peak learning rate, for a batch of 256", {PLACES: 0.05, SMALL: 0.6}),
+    ("weight_decay", 5e-4, (0, 1), "weight decay of SGD", {}),
+    ("queue_size", 65536, (0, 1e7), "keys K in the queue; at most one for each image is useful",
+     {PLACES: 32768, FOLDER: 1024, SMALL: 1024, CIFAR: 4096, FASHION: 256}),
+    ("momentum_encoder", 0.999, (0, 1), "momentum m of the key encoder's moving average",
+     {FOLDER: 0.99, SMALL: 0.99, FASHION: 0.98}),
+    ("temperature", 0.07, (1e-3, 1e3), "temperature tau of both losses; paper: 0.07", {}),
+    ("alpha", 0.1, (0, 1), "weight of the anchor's own key in DSCL; paper: 0.1", {}),
+    ("pbsd_weight", 1.5, (0, 1e3), "weight lambda of PBSD; 0 turns it off; paper: 1.5",
+     {SMALL: 0.3, CIFAR: 1.0}),
+]
+STAGE2 = [
+    ("classifier", "balanced", ("adjusted", "balanced"),
+     "balanced: SGD with class-balanced sampling, as in the paper; adjusted: logistic regression "
+     "and the class prior, no learning rate", {FOLDER: "adjusted", SMALL: "adjusted"}),
+    ("penalty", [3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1], (0, 1e6),
+     "penalty on the squared weights, for adjusted; val chooses one of several; without val the "
+     "first is used. All flags below are for balanced", {CIFAR: [1e-3]}),
+    ("epochs", 40, (0, 1e6),
+     "passes over the training set; 0 evaluates the classifier of --loss ce or la", {SMALL: 20}),
+    ("batch_size", 2048, (1, 1e6), "images in a step of all processes", {FOLDER: 256, SMALL: 256}),
+    ("lr", 10.0, (1e-8, 1e4), "learning rate of SGD, not scaled with the batch size", {}),
+    ("weight_decay", 0.0, (0, 1), "weight decay of SGD", {SMALL: 5e-4, CIFAR: 1e-4}),
+    ("milestones", [0.5, 0.75], (0, 1), "parts of the run after which lr falls to a tenth", {}),
+    ("augment", True, None, "train on random views, not on whole images", {SMALL: False}),
+    ("bn", "train", ("train", "eval"), "BatchNorm by the batch, or by stage 1's statistics (eval)",
+     {FOLDER: "eval", SMALL: "eval"}),
+]
 
 
-def parse_args():
-    parser = Parser(__doc__)
-    add_run_flags(parser)
-    text = "minutes between checkpoints; one minute is enough at the end of an epoch"
-    parser.flag("save_minutes", 30.0, (0, 1e6), text)
-    parser.begin("training")
-    losses = "dscl, or a baseline: scl gives all positives equal weights; ce is "
-    losses += "cross-entropy; la is cross-entropy with logit adjustment"
-    parser.flag("loss", "dscl", ("dscl", "scl", *CLASSIFIERS), losses)
-    parser.settings("stage1", arch=ARCHS)
-    parser.begin("views")
-    parser.settings("views")
+def values_for(dataset, rows):
+    """The settings of a table for a data set: {name: value}."""
+    values = {}
+    for name, value, _, _, exceptions in rows:
+        for datasets, other in exceptions.items():
+            value = other if dataset in datasets else value
+        values[name] = value
+    return values
+
+
+def add_settings(parser, title, dataset, rows):
+    """Add a flag for every row of a table, under a title in --help."""
+    group, values = parser.add_argument_group(title), values_for(dataset, rows)
+    for name, _, limits, text, _ in rows:
+        default = values[name]
+        several = default if isinstance(default, (tuple, list)) else [default]
+        options = dict(help=f"{text} (default: {' '.join(map(str, several))})")
+        if isinstance(default, bool):
+            options |= dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(default, str):
+            options |= dict(choices=limits, metavar=None if limits else "NAME")
+        else:
+            kind = type(several[0])
+            options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "DIR"))
+        if several is default:
+            options |= dict(nargs="+" if isinstance(default, list) else len(default))
+        group.add_argument("--" + name.replace("_", "-"), default=default, **options)
+
+
+def parse_within_limits(parser, rows):
+    """The parsed arguments; BadInput if a number is outside the limits of its row."""
     args = parser.parse_args()
-    if args.loss == "scl":
-        args.alpha = None  # means 1 / (|P_i| + 1)
-    if args.loss in CLASSIFIERS:
-        args.queue_size = args.pbsd_weight = 0
-    if not args.pbsd_weight:
-        args.patches = 0
-    view, patch = smallest_sides(args.arch)
-    for flag, side, least in (("view", args.view_size, view), ("patch", args.patch_size, patch)):
-        if side < least and (flag == "view" or args.patches):
-            parser.error(f"--{flag}-size {side}: {args.arch} needs at least {least} pixels")
+    for name, _, limits, *_ in rows:
+        values, flag = getattr(args, name), "--" + name.replace("_", "-")
+        values = values if isinstance(values, (tuple, list)) else [values]
+        for value in values if limits and not isinstance(values[0], str) else ():
+            if not limits[0] <= value <= limits[1]:
+                low, high = limits
+                parser.error(f"argument {flag}: must be from {low:g} to {high:g}, got {value:g}")
+        if len(values) == 2 and values[0] > values[1]:
+            parser.error(f"argument {flag}: the smaller value must come first")
     return args
 
 
-def fit_batch(args, count):
-    """Lower a batch size above the training set's size to the largest power of two that fits."""
-    if args.batch_size > count:
-        fitting = 2 ** (count.bit_length() - 1)
-        if data.RANK == 0:
-            print(f"--batch-size {args.batch_size} is lowered to {fitting}: the training set has "
-                  f"{count} images", file=sys.stderr)
-        args.batch_size = fitting
+def run_settings(dataset):
+    """The table of settings that are not part of the method; both stages have these."""
+    workers = 0 if data.in_memory(dataset) else data.cores()
+    return [
+        ("output", Path("runs") / dataset, None, "directory for all output of the run", {}),
+        ("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one", {}),
+        ("amp", "auto", ("auto", "off"), "auto: bfloat16 where the hardware has it", {}),
+        ("workers", workers, (0, 512), "processes that decode images, for each GPU", {}),
+        ("seed", 0, (0, 2**63 - 1), "seed of all random numbers", {}),
+    ]
 
 
-def add_run_flags(parser):
-    """The flags that both stages have."""
-    parser.begin("run")
-    default = Path("runs") / parser.dataset
-    text = f"directory for all output of the run (default: {default})"
-    parser.path("output", "DIR", text, default=default)
-    parser.flag("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one")
-    text = "auto: networks run in bfloat16 if the hardware supports it; losses stay in float32"
-    parser.flag("amp", "auto", ("auto", "off"), text)
-    parser.run_flags()
+def parse_args():
+    parser = data.Parser(description=__doc__)
+    dataset = data.add_data_flags(parser)
+    text = "draw query views, boxes, key views and patches to this PNG file instead of training"
+    parser.add_argument("--views", type=Path, metavar="FILE", help=text)
+    text = "minutes between checkpoints; one minute is enough at the end of an epoch"
+    run_rows = run_settings(dataset) + [("save_minutes", 30.0, (0, 1e6), text, {})]
+    for title, rows in (("run", run_rows), ("training", STAGE1), ("views", VIEWS)):
+        add_settings(parser, title, dataset, rows)
+    args = parse_within_limits(parser, run_rows + STAGE1 + VIEWS)
+    sizes = [args.view_size, args.patch_size]
+    if args.loss in CLASSIFIERS or not args.pbsd_weight:
+        del sizes[1]  # no patches
+    for name, side, least in zip(("view", "patch"), sizes, smallest_sides(args.arch)):
+        if side < least:
+            parser.error(f"--{name}-size {side}: {args.arch} needs at least {least} pixels")
+    return args
+
+
+def draw_views(path, dataset, args, count=6):
+    """Draw what the networks see of some images: query view, its boxes, key view, patches."""
+    indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    images = dataset.views(indices, indices, args, 2)
+    draws = [Draws(args.seed + n, len(indices), slice(None), "cpu") for n in (0, 1)]
+    view, boxes, patches = data.query_views(images[0], draws[0], args, args.patches)
+    key = data.key_view(images[-1], draws[1], args)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (args.mean, args.std))
+    side = max(args.view_size, 128)
+    shown = [(part * std + mean).clamp(0, 1) for part in (view, view, key, *patches)]
+    shown = [F.interpolate(part, (side, side)) for part in shown]
+    colors = [("red", "lime", "cyan", "yellow", "magenta")[n % 5] for n in range(args.patches)]
+    for image, of_image in zip(shown[1], boxes.transpose(0, 1) * side / args.view_size):
+        image.copy_(draw_bounding_boxes(image, of_image, colors=colors, width=2))
+    rows = torch.stack(shown, dim=1).flatten(0, 1)
+    save_image(rows, path, format="png", nrow=len(shown), pad_value=1)
+    print(f"drew {path}: query view, its boxes, key view, patches", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
-from data import DATASETS, Draws, ImageFiles, bounded
+from data import BatchDataset, Draws, ImageFiles
 from losses import BLOCK, dscl_loss, pbsd_loss
 from models import Encoder, Queue, frozen_running_statistics, means, roi_means
 
@@ -218,16 +218,16 @@ def losses(args):
 # --------------------------------------------------------------------------------------- step
 
 
-def cfg_of(name, *groups, **changes):
-    """A data set's settings in groups (views, stage1, stage2), as attributes."""
-    settings = {key: value for group in groups for key, value in DATASETS[name][group].items()}
+def cfg_of(name, *tables, **changes):
+    """A data set's settings in tables (train.VIEWS, STAGE1, STAGE2), as attributes."""
+    settings = {key: v for table in tables for key, v in train.values_for(name, table).items()}
     return argparse.Namespace(dataset=name, **settings | changes)
 
 
 def train_args(name, **changes):
     """train.py's arguments for a data set, with a batch size for a CPU."""
-    run = dict(seed=0, loss="dscl", amp="off", batch_size=SIZES["cpu"][name][0])
-    return cfg_of(name, "views", "stage1", **run | changes)
+    run = dict(seed=0, amp="off", batch_size=SIZES["cpu"][name][0])
+    return cfg_of(name, train.VIEWS, train.STAGE1, **run | changes)
 
 
 def images_of(args, device):
@@ -241,7 +241,8 @@ def images_of(args, device):
 def views_of(images, args):
     """Query view [B, 3, V, V], boxes [L, B, 4], patches [L, B, 3, S, S] and key view."""
     draws = Draws(0, len(images), slice(None), images.device)
-    return *data.query_views(images, draws, args), data.key_view(images, draws, args)
+    query = data.query_views(images, draws, args, args.patches)
+    return *query, data.key_view(images, draws, args)
 
 
 class Ours:
@@ -273,7 +274,7 @@ class Ours:
         parts = self.encoder, self.key_encoder, self.queue
         given = dict(query_views=lambda *_: (view, boxes, patches), key_view=lambda *_: key_view)
         with mock.patch.multiple(data, **given):
-            return train.dscl_pbsd_step(*parts, [None], labels, batch, self.args)["loss"]
+            return train.dscl_pbsd_step(*parts, (None, None), labels, batch, self.args)["loss"]
 
     def step(self, *inputs):
         self.loss(*inputs).backward()
@@ -413,14 +414,14 @@ def input_pipeline(args):
     found = sorted(path for path in directory.iterdir() if path.suffix.lower() in kinds)
     if not found:
         raise data.BadInput(f"--images {directory} holds no JPEGs")
-    total, cfg = args.batches * BATCH_INPUT, cfg_of("imagenet_lt", "views")
+    total, cfg = args.batches * BATCH_INPUT, cfg_of("imagenet_lt", train.VIEWS)
     names = [os.fsencode(found[count % len(found)].name) for count in range(total)]
     files = ImageFiles(directory, names, [0] * total, directory)
     rows = torch.arange(total).view(-1, BATCH_INPUT).tolist()
     batches = [(indices, indices) for indices in rows]  # the index as the seed
     sides = {
         "published": DataLoader(Published(files, cfg), BATCH_INPUT, num_workers=1),
-        "ours": data.load_batches(files, batches, cfg, 2, 1, torch.device("cpu")),
+        "ours": data.load_batches(BatchDataset(files, cfg, 2), batches, 1, torch.device("cpu")),
         "decoding alone": DataLoader(Decoding(files, cfg), BATCH_INPUT, num_workers=1),
     }
     rates, sizes = {side: [] for side in sides}, {}
@@ -452,15 +453,13 @@ def main():
     text, recipes = "data sets for step (default: all)", list(SIZES["cpu"])
     parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help=text)
     text = "images in a step (default: 8 for imagenet_lt, on a GPU 32, 128 and 256; else 128)"
-    size = dict(nargs="+", type=bounded(int, 2, 1e6), metavar="N", help=text)
-    parser.add_argument("--batch-size", **size)
+    parser.add_argument("--batch-size", nargs="+", type=int, metavar="N", help=text)
     parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs for input")
-    for flag, least, default, text in (
-        ("--rounds", 1, 7, "timed rounds"),
-        ("--batches", 2, 12, "batches a round, for input"),
+    for flag, default, text in (
+        ("--rounds", 7, "timed rounds"), ("--batches", 12, "batches a round, for input"),
     ):
-        kind, text = bounded(int, least, 1e6), f"{text} (default: {default})"
-        parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)
+        text += f" (default: {default})"
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
     args = parser.parse_args()
     commands[args.command](args)
 

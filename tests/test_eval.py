@@ -11,30 +11,32 @@ from benchmark import cfg_of
 from PIL import Image
 
 import eval as stage2
-from data import BadInput, ImageArrays, load_batches
-from eval import (
-    classifier_of,
-    count_correct,
-    evaluation_batches,
-    features_of,
-    metrics,
-    regression,
-    table,
-    worst_confusions,
-)
+import train
+from data import BadInput, ImageArrays
+from eval import classifier_of, features_of, metrics, regression, table, worst_confusions
 
 CPU = torch.device("cpu")
 
 
+def predictions(rights, wrongs):
+    """(top [N, 1], labels [N]) with so many right and wrong predictions of each class."""
+    labels = torch.arange(len(rights)).repeat_interleave(torch.tensor(rights) + torch.tensor(wrongs))
+    top = [[c] * r + [(c + 1) % len(rights)] * w for c, (r, w) in enumerate(zip(rights, wrongs))]
+    return torch.tensor(sum(top, []))[:, None], labels
+
+
 def test_metrics_are_class_means_by_group_and_none_for_empty_groups():
     counts = torch.tensor([500, 200, 50, 30, 10])
-    tally = torch.tensor([[2, 4, 2, 2, 2], [2, 2, 1, 0, 1], [2, 4, 1, 1, 2]])
-    results = metrics(tally, counts) | dict(reported_on="test")
+    top, labels = predictions([2, 2, 1, 0, 1], [0, 2, 1, 2, 1])
+    results = metrics(top, labels, counts) | dict(reported_on="test")
     assert results["per_class"] == [100, 50, 50, 0, 50]
     assert (results["many"], results["medium"], results["few"]) == (75, 25, 50)
-    assert results["all"] == 50 and results["top1"] == 100 * 6 / 12
-    assert results["top5"] == pytest.approx(100 * 10 / 12)
-    assert metrics(tally, counts + 100)["few"] is None
+    assert results["all"] == 50 and results["top1"] == 100 * 6 / 12 == results["top5"]
+    second = torch.cat([top, labels[:, None]], dim=1)
+    second[-1, 1] = 0  # one image's class is not among the first
+    assert metrics(second, labels, counts)["top5"] == pytest.approx(100 * 11 / 12)
+    assert metrics(second, labels, counts)["top1"] == 50
+    assert metrics(top, labels, counts + 100)["few"] is None
     printed = table(results, counts)
     lines = printed.splitlines()
     assert "75.00" in lines[1] and "500 to 200 each" in lines[1] and len(lines) == 6
@@ -42,26 +44,28 @@ def test_metrics_are_class_means_by_group_and_none_for_empty_groups():
 
 def test_classes_without_test_images_are_left_out_and_reported():
     counts = torch.tensor([500, 200, 50, 30, 10])
-    tally = torch.tensor([[2, 0, 2, 2, 0], [2, 0, 1, 0, 0], [2, 0, 1, 1, 0]])
-    results = metrics(tally, counts) | dict(reported_on="test")
+    top, labels = predictions([2, 0, 1, 0, 0], [0, 0, 1, 2, 0])
+    results = metrics(top, labels, counts) | dict(reported_on="test")
     assert results["per_class"] == [100, None, 50, 0, None]
     assert (results["many"], results["medium"], results["few"]) == (100, 25, None)
     assert results["all"] == 50 and results["top1"] == 50
     json.dumps(results, allow_nan=False)
     lines = table(results, counts).splitlines()
     assert lines[3].split()[-1] == "-"  # few-shot
-    assert lines[-1] == "2 of 5 classes have no test image and are left out"
+    assert lines[-1] == "classes without a test image, left out: 2 of 5"
 
 
 def test_worst_confusions_are_listed_by_rate():
-    confusion = torch.tensor([[6, 4, 0], [1, 9, 0], [0, 2, 2]])
-    assert worst_confusions(confusion, ["Shirt", "T-shirt", "Coat"]) == [
+    labels = torch.tensor([0] * 10 + [1] * 10 + [2] * 4)
+    predicted = torch.tensor([0] * 6 + [1] * 4 + [0] + [1] * 9 + [1, 1, 2, 2])
+    names = ["Shirt", "T-shirt", "Coat"]
+    assert worst_confusions(predicted, labels, names) == [
         "Coat predicted as T-shirt: 50 % of 4 images",
         "Shirt predicted as T-shirt: 40 % of 10 images",
         "T-shirt predicted as Shirt: 10 % of 10 images",
     ]
-    confusion[2] = torch.tensor([0, 0, 4])
-    assert len(worst_confusions(confusion, "abc")) == 2  # a class that is always right is not named
+    predicted[-4:] = 2
+    assert len(worst_confusions(predicted, labels, names)) == 2  # always right: not named
 
 
 class Ranks(torch.nn.Module):
@@ -70,12 +74,12 @@ class Ranks(torch.nn.Module):
     The second expert is certain of the image's class, the third equally of the next class.
     """
 
-    def feature_maps(self, view):
-        return [view[:, :1, :1, :1]]
-
     def __init__(self):
         super().__init__()
-        self.heads = self.Heads([None] * 3)
+        self.heads = self.Heads([torch.nn.Linear(1, 8)] * 3)
+
+    def feature_maps(self, view):
+        return [view[:, :1, :1, :1]] * 3
 
     class Heads(list):
         def __call__(self, features):
@@ -85,35 +89,30 @@ class Ranks(torch.nn.Module):
             return torch.stack([logits, sure, sure.roll(1, dims=1)])
 
 
-@pytest.mark.parametrize(
-    "batch_size, world, workers", [(64, 1, 0), (7, 1, 2), (5, 3, 0), (5, 60, 0)]
-)
-def test_correct_counts_do_not_depend_on_batches_processes_and_workers(batch_size, world, workers):
+@pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (3, 0), (60, 0)])
+def test_top_classes_do_not_depend_on_processes_and_workers(world, workers, monkeypatch):
     labels = torch.arange(50) % 8
     images = torch.arange(50)[:, None, None, None].expand(-1, 3, 2, 2) % 8
     dataset = ImageArrays(images.to(torch.uint8), labels, "made")
     cfg = argparse.Namespace(mean=(0.0,) * 3, std=(1 / 255,) * 3)
-    tally = total_confusion = 0
+    args, parts = argparse.Namespace(workers=workers, amp="off"), []
+    monkeypatch.setattr(stage2, "gather", lambda part: parts.append(part) or part)
     for rank in range(world):
-        batches = evaluation_batches(len(dataset), rank, world, batch_size)
-        loader = load_batches(dataset, batches, cfg, 0, workers, CPU)
-        part, confusion = count_correct(Ranks(), loader, cfg, 8, CPU, "off")
-        tally, total_confusion = tally + part, total_confusion + confusion
-    mean, ranks, sure, wrong = tally.tolist()
-    counts = labels.bincount().tolist()
+        stage2.top_classes(Ranks(), dataset, args, cfg, (rank, world, CPU))
+    gathered = torch.cat(parts)
+    monkeypatch.setattr(stage2, "gather", lambda part: gathered)
+    top = stage2.top_classes(Ranks(), dataset, args, cfg, (0, world, CPU))
+    assert top.shape == (4, 50, 5)
+    mean, ranks, sure, wrong = top
     # The logit 2.5 ranks behind 7, 6, 5, 4 and 3, unless it has replaced one of them.
-    assert ranks == [counts, [0] * 8, [0, 0, 0] + counts[3:]]
-    assert sure == [counts, counts, counts] and wrong[:2] == [counts, [0] * 8]
+    assert torch.equal((ranks == labels[:, None]).any(1), labels >= 3)
+    assert torch.equal(sure[:, 0], labels) and torch.equal(wrong[:, 0], (labels + 1) % 8)
     # The other two cancel, so the first expert decides: 2.5 against the next class's 0 to 7.
-    assert mean == [counts, [*counts[:2], 0, 0, 0, 0, 0, counts[7]], counts]
-    assert total_confusion.sum(1).tolist() == counts
-    assert total_confusion.diagonal().tolist() == mean[1]
-    for label in range(2, 7):
-        assert total_confusion[label, (label + 1) % 8] == counts[label]
+    assert torch.equal(mean[:, 0], torch.where((labels < 2) | (labels == 7), labels, labels + 1))
 
 
 def classifier(arch, experts=1):
-    cfg = cfg_of("imagenet_lt", "views", "stage1", arch=arch, experts=experts)
+    cfg = cfg_of("imagenet_lt", train.VIEWS, train.STAGE1, arch=arch, experts=experts)
     encoder = classifier_of(cfg, {}, 7, 0, keep_heads=False)
     for module in encoder.modules():  # change the initial running statistics
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -137,16 +136,12 @@ def test_only_classifiers_train_and_bn_decides_if_statistics_change(bn):
 def test_regression_reaches_the_minimum_of_its_objective():
     torch.manual_seed(0)
     labels = torch.arange(400).sqrt().long() // 5  # four classes of 25 to 175
-    log_prior = (labels.bincount() / 400).log()
     features = torch.randn(400, 6, dtype=torch.float64) + 0.5 * torch.randn(4, 6)[labels]
-    weight, bias = (part.requires_grad_() for part in regression(features, labels, log_prior, 0.01))
-    logits = features @ weight.T + bias + log_prior.double()
+    weight, bias = (part.requires_grad_() for part in regression(features, labels, 0.01))
+    logits = features @ weight.T + bias
     objective = torch.nn.functional.cross_entropy(logits, labels) + 0.01 * weight.square().sum()
     objective.backward()  # convex: the gradient is 0 at the minimum
     assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
-    # Uninformative features: the prior explains the labels, and the logits prefer no class.
-    weight, bias = regression(torch.randn(400, 3) * 1e-3, labels, log_prior, 1.0)
-    assert weight.abs().max() < 1e-2 and (bias - bias.mean()).abs().max() < 1e-2
 
 
 def test_regression_sums_over_chunks():
@@ -160,11 +155,23 @@ def test_regression_sums_over_chunks():
         return entropy(logits, *rest, **options)
 
     with mock.patch.object(stage2.F, "cross_entropy", watched):
-        whole = regression(features, labels, torch.zeros(3), 0.1)
+        whole = regression(features, labels, 0.1)
     assert max(seen) < 10000
     weight, bias = (part.requires_grad_() for part in whole)
     (entropy(features @ weight.T + bias, labels) + 0.1 * weight.square().sum()).backward()
     assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
+
+
+def test_adjusted_classifier_prefers_no_class_where_features_say_nothing(monkeypatch):
+    torch.manual_seed(0)
+    encoder, _ = classifier("resnet_small")
+    labels = torch.arange(7).repeat_interleave(torch.tensor([640, 320, 160, 80, 40, 20, 10]))
+    features = torch.randn(1, len(labels), 128)
+    monkeypatch.setattr(stage2, "split_features", lambda *_: features.clone())
+    dataset, args = ImageArrays(None, labels, ""), argparse.Namespace(penalty=[100.0])
+    stage2.fit_classifier(encoder, dataset, None, args, None, (0, 1, CPU))
+    logits = encoder.heads[0](features[0])
+    assert (logits - logits.mean()).abs().max() < 0.02  # the prior alone explains the labels
 
 
 def test_classifiers_are_fitted_per_expert_and_apply_to_raw_features(monkeypatch):
@@ -179,10 +186,9 @@ def test_classifiers_are_fitted_per_expert_and_apply_to_raw_features(monkeypatch
     assert best == dict(accuracy=None, penalty=0.01)  # the first, without val
     std, mean = torch.std_mean(features, 1)
     standardised = (features - mean[:, None]) / std.clamp(min=1e-6)[:, None]
-    log_prior = torch.full((7,), 1 / 7).log()
     for expert, head in enumerate(encoder.heads):
-        weight, bias = regression(standardised[expert], labels, log_prior, 0.01)
-        expected = standardised[expert] @ weight.T + bias
+        weight, bias = regression(standardised[expert], labels, 0.01)
+        expected = standardised[expert] @ weight.T + bias + torch.tensor(7).log()  # minus log(1/7)
         torch.testing.assert_close(head(features[expert]), expected, atol=1e-3, rtol=1e-3)
     assert not torch.equal(encoder.heads[0].weight, encoder.heads[1].weight)
 
@@ -193,7 +199,7 @@ def test_gathered_features_are_in_the_order_of_the_images(world, count, monkeypa
     dataset = ImageArrays(images, torch.zeros(count).long(), "made")
     encoder = torch.nn.Module()
     encoder.heads = torch.nn.ModuleList([torch.nn.Linear(1, 5)])
-    monkeypatch.setattr(stage2, "features_of", lambda e, view, amp: view[None, :, :2, 0, 0])
+    monkeypatch.setattr(stage2, "features_of", lambda e, view, amp: view[None, :, :1, 0, 0])
     monkeypatch.setattr(stage2.data, "evaluation_view", lambda images, cfg: images[0].float())
     args, parts = argparse.Namespace(workers=0, amp="off"), []
     monkeypatch.setattr(stage2, "gather", lambda part: parts.append(part) or part)
@@ -203,18 +209,6 @@ def test_gathered_features_are_in_the_order_of_the_images(world, count, monkeypa
     monkeypatch.setattr(stage2, "gather", lambda part: gathered)
     features = stage2.split_features(encoder, dataset, args, None, (0, world, CPU))
     assert features[0, :, 0].tolist() == list(range(count))
-
-
-def test_knn_votes_are_weighted_by_cosine_and_classes_count_equally(monkeypatch):
-    rows = torch.nn.functional.normalize(torch.eye(4)[[0, 0, 1, 2, 3, 3]] + 0.5 * torch.eye(4)[1])
-    monkeypatch.setattr(stage2, "split_features", lambda _, dataset, *rest: dataset.images[None])
-    bank = ImageArrays(torch.eye(5)[:, :4], torch.tensor([0, 1, 1, 2, 3]), "")  # 3 is not held out
-    held_out = ImageArrays(rows, torch.tensor([0, 1, 1, 1, 2, 0]), "")
-    for k in (1, 3):  # the nearest weighs more than two others of another class
-        accuracy = stage2.neighbour_accuracy(
-            torch.nn.Identity(), bank, held_out, None, None, (0, 1, CPU), k=k
-        )
-        assert accuracy == pytest.approx(100 * (1 / 2 + 2 / 3 + 1) / 3)
 
 
 def write_results(run, accuracies, seed=0, alpha=0.1, lr=10.0):
@@ -268,9 +262,9 @@ def test_exported_weights_give_the_same_logits_in_torchvision(arch, tmp_path):
 def test_accuracy_bars_have_the_right_height_and_group_colour(tmp_path):
     results = dict(counts=[10, 500, 50], per_class=[100.0, 50.0, None], reported_on="test")
     results |= dict(many=50.0, medium=None, few=100.0, all=75.0)  # bags have no test image
-    stage2.draw_accuracy(tmp_path / "a.png", results, ["bööts", "shirts", "bags"])
+    stage2.draw_accuracy(tmp_path, results, ["bööts", "shirts", "bags"])
     many, few = stage2.GROUP_COLORS["many"], stage2.GROUP_COLORS["few"]
-    with Image.open(tmp_path / "a.png") as image:  # shirts, bags, boots: each 50 pixels, from x=40
+    with Image.open(tmp_path / "accuracy.png") as image:  # shirts, bags, boots: each 50 pixels, from x=40
         assert image.getpixel((60, 340 - 145)) == many != image.getpixel((60, 340 - 155))
         assert image.getpixel((160, 42)) == few and image.getpixel((160, 338)) == few
         assert image.getpixel((110, 335)) not in (many, few)
@@ -286,10 +280,10 @@ def test_activation_map_is_red_where_the_class_is_seen_and_blue_elsewhere(tmp_pa
         head.weight.data.zero_()
         head.weight.data[0, 5] = head.weight.data[1, 6] = 1.0
     encoder.feature_maps = lambda view: [feature_map, feature_map]
-    path, counts = tmp_path / "m.png", torch.tensor([5, 9, 2])  # the last has no test image
+    path, counts = tmp_path / "activation.png", torch.tensor([5, 9, 2])  # the last has no test image
     for level in (0, 255):  # on dark and on light images
         dataset = ImageArrays(torch.full((2, 1, 28, 28), level).byte(), torch.tensor([0, 1]), "")
-        stage2.draw_activation(path, encoder, dataset, counts, cfg, ["a", "b", "c"], CPU)
+        stage2.draw_activation(tmp_path, encoder, dataset, counts, cfg, ["a", "b", "c"], CPU)
         with Image.open(path) as image:  # tiles of 320 x 196 pixels: the image, and its map
             for left, here, elsewhere in ((2, (10, 10), (150, 150)), (324, (150, 150), (10, 10))):
                 assert image.getpixel((left + 80, 80)) == (level, level, level)

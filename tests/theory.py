@@ -38,7 +38,7 @@ def own_key(z, z_plus, labels, queue, temperature):
 def measure(path, data_root):
     """For every training image of a run: its class's size, p(z+|z) and its optimum, each [N]."""
     saved = train.load(path / "checkpoint.pth", train.STAGE)
-    cfg = argparse.Namespace(**saved["args"] | dict(device="auto", amp="off", patches=0))
+    cfg = argparse.Namespace(**saved["args"] | dict(device="auto", amp="off"))
     if cfg.loss in train.CLASSIFIERS:
         raise BadInput(f"{path} is a run of --loss {cfg.loss}, which has no keys")
     _, _, device = train.start(cfg)
@@ -59,7 +59,8 @@ def measure(path, data_root):
     order = torch.randperm(count, generator=torch.Generator().manual_seed(cfg.seed))
     order = torch.cat([order, order[: -count % cfg.batch_size]])
     batches = [(rows.tolist(), rows.tolist()) for rows in order.split(cfg.batch_size)]
-    loader = data.load_batches(dataset, batches, cfg, 2, cfg.workers, device)
+    crops = data.BatchDataset(dataset, cfg, crops=2)
+    loader = data.load_batches(crops, batches, cfg.workers, device)
     measured, progress = [], data.Progress(len(batches))
     for step, (images, labels) in enumerate(loader, saved["step"]):
         images, labels = images.to(device), labels.to(device)
@@ -70,7 +71,7 @@ def measure(path, data_root):
         p, positives = own_key(z, z_plus, labels, queue, cfg.temperature)
         queue.put(z_plus, labels)  # as in training, the queue moves on
         theory = 1 / (positives + 1)
-        if cfg.alpha is not None:
+        if cfg.loss != "scl":
             theory = torch.where(positives > 0, cfg.alpha, 1.0)
         measured.append(torch.stack([p, theory]))
         progress.show(step + 1 - saved["step"], str(path))
