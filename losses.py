@@ -115,31 +115,29 @@ def _class_sums(labels, queue, queue_labels):
     return sums[anchor], counts[anchor]
 
 
-# Elements in a block of logits: as many as fit a CPU's cache; on other devices 2^25, 128 MB.
-BLOCK = {"cpu": 2**18}
+# Logits in a block of 256 columns or more: 512 KB for a CPU's cache, 128 MB elsewhere.
+BLOCK = {"cpu": 2**17}
 
 
 class _BankAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, bank):
-        rows = min(512, max(1, len(query)))
-        columns = BLOCK.get(query.device.type, 2**25) // rows
-        blocks = []
-        for block in query.split(rows):
-            logsumexp, mean = block.new_full((len(block), 1), -torch.inf), torch.zeros_like(block)
-            for chunk in bank.split(columns) if len(bank) else ():
-                weights = block @ chunk.T  # [rows, columns] the logits
-                top = weights.amax(1, keepdim=True)
-                weights.sub_(top).exp_()
-                total = weights.sum(1, keepdim=True)
-                chunk_mean, chunk_logsumexp = (weights @ chunk).div_(total), total.log().add_(top)
-                mean.lerp_(chunk_mean, (chunk_logsumexp - logsumexp).sigmoid_())
-                logsumexp = torch.logaddexp(logsumexp, chunk_logsumexp)
-            blocks.append((logsumexp.squeeze(1), mean))
-        logsumexp, mean = map(torch.cat, zip(*blocks))
+        columns = max(256, BLOCK.get(query.device.type, 2**25) // max(1, len(query)))
+        block = query.new_empty(len(query), min(columns, len(bank)))  # used for all chunks
+        top = query.new_full((len(query), 1), -torch.inf)  # the largest logit so far
+        total = torch.zeros_like(top)  # sum_m exp(logit - top) so far
+        weighted_sum = torch.zeros_like(query)  # sum_m exp(logit - top) z_m so far
+        for chunk in bank.split(columns) if len(bank) else ():
+            logits = torch.mm(query, chunk.T, out=block[:, : len(chunk)])
+            last_top, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
+            rescale = (last_top - top).exp_()
+            weights = logits.sub_(top).exp_()
+            total.mul_(rescale).add_(weights.sum(1, keepdim=True))
+            weighted_sum.mul_(rescale).addmm_(weights, chunk)
+        mean = weighted_sum / total.clamp(min=1)  # total >= 1, or 0 for an empty bank
         ctx.save_for_backward(mean)
         ctx.mark_non_differentiable(mean)
-        return logsumexp, mean
+        return (top + total.log()).squeeze(1), mean
 
     @staticmethod
     def backward(ctx, grad_logsumexp, _):
@@ -150,7 +148,7 @@ class _BankAttention(torch.autograd.Function):
 
 
 def bank_attention(query, bank, *, temperature=0.07):
-    """Softmax attention of each query [N, D] over a constant bank [K, D], in chunks.
+    """Softmax attention of each query [N, D] over a constant bank [K, D], as an online softmax.
 
     Rows may have any norm. Returns (logsumexp [N], mean [N, D]) over the bank entries z_m:
 

@@ -190,6 +190,26 @@ def test_bank_attention_matches_the_dense_softmax_over_many_blocks(temperature):
     close(single_mean.double(), mean, 1e-4)
 
 
+def test_bank_attention_is_finite_and_exact_for_rows_of_any_norm_in_any_order():
+    query = 30 * unit(600, 8)
+    rising = torch.linspace(0, 50, 1300, dtype=torch.float64)[:, None] * unit(1300, 8, seed=1)
+    for bank in (rising, rising.flip(0)):  # the maximum is in the last or first block
+        logits = query @ bank.T / 1e-3  # up to 1.5 million
+        logsumexp, mean = bank_attention(query, bank, temperature=1e-3)
+        close(logsumexp, logits.logsumexp(1), 1e-12)
+        close(mean, logits.softmax(1) @ bank, 1e-8)
+        single, single_mean = bank_attention(query.float(), bank.float(), temperature=1e-3)
+        close(single.double(), logsumexp, 1e-6)
+        assert single_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_bank_attention_over_an_empty_bank_is_minus_infinity_and_zero(count):
+    logsumexp, mean = bank_attention(unit(count, 5), unit(0, 5))
+    assert logsumexp.tolist() == [-math.inf] * count
+    assert mean.tolist() == [[0] * 5] * count
+
+
 def test_smallest_temperature_neither_overflows_nor_underflows():
     away = torch.eye(1, 8)
     for bank in (away, -away):  # logits of 1000 and -1000
