@@ -1,4 +1,4 @@
-"""Views and patches, data sets, long-tailed subsets, and batches.
+"""Views and patches, data sets, long-tailed subsets, and batches. `cfg` is train.py's arguments.
 
     python data.py --dataset imagenet_lt               # check a data set: counts, missing files
     python data.py --dataset imagenet_lt --decode      # and that every image can be decoded
@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -95,7 +95,7 @@ class Draws:
     """Random numbers for the views of images, the same with any number of processes.
 
     They are drawn for all `batch_size` images of the global batch, and this process uses those of
-    its `rows`.
+    its `rows`. Copy j of image i is row j * (number of images) + i.
     """
 
     def __init__(self, seed, batch_size, rows, device):
@@ -229,22 +229,21 @@ def random_view(images, draws, cfg):
     return random_flip(images, draws)
 
 
-def query_views(images, draws, cfg, patches=0):
+def query_views(images, draws, cfg, count=0):
     """The query view of uint8 images, boxes in it, and the view inside the boxes, as patches.
 
-    Returns the view [B, 3, V, V]; L = `patches` boxes for each image, [L, B, 4] in pixels of the
+    Returns the view [B, 3, V, V]; L = `count` boxes for each image, [L, B, 4] in pixels of the
     cropped and flipped view; and the patches [L, B, 3, S, S], which are cut out by RoIAlign before
     the view's colours are changed. Boxes and patches are None if L is 0.
     """
-    view = random_view(images, draws, cfg)
+    view, boxes, patches = random_view(images, draws, cfg), None, None
     changes = cfg.query_jitter, cfg.query_jitter_p, cfg.grey_p, cfg.blur_p
-    boxes = cut = None
-    if patches:
-        boxes = random_boxes(draws, cfg.view_size, cfg.patch_scale, copies=patches)
-        cut = random_flip(crop(view, boxes, cfg.patch_size), draws, patches)
-        cut = photometric(cut, draws, cfg, *changes, copies=patches)
-        boxes, cut = (part.unflatten(0, (patches, len(view))) for part in (boxes, cut))
-    return photometric(view, draws, cfg, *changes), boxes, cut
+    if count:
+        boxes = random_boxes(draws, cfg.view_size, cfg.patch_scale, copies=count)
+        patches = random_flip(crop(view, boxes, cfg.patch_size), draws, count)
+        patches = photometric(patches, draws, cfg, *changes, copies=count)
+        boxes, patches = (part.unflatten(0, (count, len(view))) for part in (boxes, patches))
+    return photometric(view, draws, cfg, *changes), boxes, patches
 
 
 def key_view(images, draws, cfg):
@@ -668,9 +667,12 @@ def add_data_flags(parser, default=DEFAULT):
 
 
 def cores():
-    """Cores for the workers of each process, at most 8; one is left to the process itself."""
+    """Cores for the workers of each process of this host; one is left to the process itself."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    with suppress(OSError, ValueError):  # the quota of a container; "max" if it has none
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        usable = min(usable, int(quota) // int(period))
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
 CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # clears a live line
@@ -720,6 +722,10 @@ def run(main, explain=lambda error: (1, None)):
             raise
     process = f" (rank {RANK})" if "RANK" in os.environ else ""
     print(f"{CLEAR}{Path(sys.argv[0]).name}{process}: error: {message}", file=sys.stderr)
+    if dist.is_initialized():  # NCCL may wait in the destructor of a group that others have left
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -803,7 +809,7 @@ def main():
     flag = parser.add_argument_group("check").add_argument
     flag("--decode", action="store_true", help="also decode every image")
     flag("--download", action="store_true", help="download CIFAR into --data-root")
-    flag("--workers", type=int, default=cores(), metavar="N", help="threads (default: the cores)")
+    flag("--workers", type=int, default=cores(), metavar="N", help="threads")
     args = parser.parse_args()
     sets = load_dataset(dataset, args.data_root, args.index_dir, args.imbalance, args.download)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8

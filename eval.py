@@ -3,15 +3,15 @@
     python eval.py                                                 # after python train.py
     python eval.py --output runs/mine                              # any run of train.py
     torchrun --nproc_per_node=8 eval.py --output runs/imagenet_lt  # several GPUs
-    python eval.py --output RUN --predict FILES AND FOLDERS        # a JSON line for each image
-    python eval.py --plots plots --export model.pth                # plots; weights for torchvision
+    python eval.py --output RUN --predict PATH ...                 # a JSON line for each image
+    python eval.py --output RUN --plots plots                      # accuracy by class, activation
     python eval.py --summary runs/*                                # mean and std over seeds
 
 The classifier is chosen on val and reported on test, by many-, medium- and few-shot classes.
 Without a test split nothing is chosen and val is reported. It writes OUTPUT/results.json;
 OUTPUT/model.pth, the only file that --predict needs; and OUTPUT/classifier.pth, from which the same
 command continues after an interruption. To see how good the features are while stage 1 still
-trains, add --classifier adjusted, which takes seconds on small data sets.
+trains, use --checkpoint RUN/checkpoint.pth --output ANOTHER --classifier adjusted.
 """
 
 import argparse
@@ -201,8 +201,8 @@ def train_classifier(encoder, train_set, val_set, args, stage1, processes):
         optimizer.load_state_dict(saved["optimizer"])
         epoch, best = saved["epoch"], saved["best"]
     per_epoch = len(train_set) // args.batch_size
-    split = dict(start=epoch * per_epoch, rank=rank, world=world, balanced=True, seed=args.seed)
-    batches = Batches(train_set.labels, args.batch_size, args.epochs, **split)
+    ranks = dict(seed=args.seed, start=epoch * per_epoch, rank=rank, world=world)
+    batches = Batches(train_set.labels, args.batch_size, args.epochs, balanced=True, **ranks)
     crops = BatchDataset(train_set, stage1, int(args.augment))
     loader = load_batches(crops, batches, args.workers, device)
     heads = DistributedDataParallel(encoder.heads) if dist.is_initialized() else encoder.heads
@@ -531,6 +531,7 @@ def draw_activation(directory, encoder, dataset, counts, stage1, names, device, 
 
 def parse_args():
     """The arguments, and the content of the checkpoint or, for --predict, of model.pth."""
+    # The settings in the run's checkpoint are the defaults: look first at the flags that name it.
     first = data.Parser()
     for flag in ("--checkpoint", "--output", "--dataset", "--predict", "--summary"):
         first.add_argument(flag, nargs="?")
@@ -542,7 +543,6 @@ def parse_args():
     stage1 = saved["args"] if saved else {}
     stage1 = stage1.get("stage1", stage1)  # in model.pth it is a part of eval.py's arguments
 
-    # The defaults are those of the run's data set, and its paths.
     parser = data.Parser(description=__doc__)
     dataset = data.add_data_flags(parser, stage1.get("dataset", data.DEFAULT))
     flag = parser.add_argument_group("what to do").add_argument

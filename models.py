@@ -84,8 +84,8 @@ class UnitLength(nn.Module):
 
 def projection(channels, dim=128):
     """The head g: Linear, ReLU, Linear, normalise."""
-    layers = nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, dim)
-    return nn.Sequential(*layers, UnitLength())
+    hidden = nn.Linear(channels, channels), nn.ReLU(inplace=True)
+    return nn.Sequential(*hidden, nn.Linear(channels, dim), UnitLength())
 
 
 def means(feature_maps):
@@ -110,9 +110,11 @@ def frozen_running_statistics(module):
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.track_running_stats = False
-    yield
-    for norm in norms:
-        norm.track_running_stats = True
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 @torch.no_grad()
@@ -150,12 +152,12 @@ class Queue(nn.Module):
     @torch.no_grad()
     def put(self, keys, labels):
         """Replace the oldest entries by keys [E, B, D], labels [B]; only the last `size` stay."""
-        start = self.written + max(len(labels) - self.size, 0)
+        first = max(len(labels) - self.size, 0)  # earlier ones would be overwritten at once
+        slots = torch.arange(self.written + first, self.written + len(labels), device=keys.device)
+        slots %= max(self.size, 1)
+        self.key_slots[:, slots] = keys[:, first:]
+        self.label_slots[slots] = labels[first:]
         self.written += len(labels)
-        slots = torch.arange(start, self.written, device=keys.device) % max(self.size, 1)
-        stay = len(labels) - len(slots)
-        self.key_slots[:, slots] = keys[:, stay:]
-        self.label_slots[slots] = labels[stay:]
 
     def get_extra_state(self):
         return self.written
@@ -165,7 +167,7 @@ class Queue(nn.Module):
 
 
 def build_backbone(arch):
-    """One of ARCHS up to its last feature map, and that map's channels; torchvision's names."""
+    """One of ARCHS, with torchvision's names, up to its last feature map; and its channels."""
     if arch in SMALL_ARCHS:
         return cifar_resnet(**SMALL_ARCHS[arch])
     resnet = get_model(arch, weights=None, zero_init_residual=True)
@@ -178,8 +180,8 @@ def cifar_resnet(blocks, channels, strides):
 
     A 3x3 stem and three stages of `blocks` basic blocks with projection shortcuts; `strides` are
     those of the stem and the stages. resnet_small is wide and shallow, which gave more accuracy in
-    equal time; resnet_tiny has 3/4 of its width. The last BatchNorm of a block does not start at
-    zero, which with so few blocks would cost a short run several points.
+    equal time; resnet_tiny has 3/4 of its width. The last BatchNorm of a block is not initialised
+    to zero: with so few blocks that would cost a short run several points.
     """
 
     def stage(inputs, outputs, stride):

@@ -14,12 +14,14 @@ continues from them. --dataset NAME --help shows the settings for a data set.
 import argparse
 import contextlib
 import copy
+import inspect
 import json
 import math
 import os
 import shlex
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +35,8 @@ from torchvision.utils import draw_bounding_boxes, save_image
 import data
 from data import BadInput, BatchDataset, Batches, Draws, Progress, load_batches, seed_from
 from losses import dscl_loss, pbsd_loss
-from models import ARCHS, Encoder, Queue, load_pretrained, moving_average, smallest_sides
+from models import ARCHS, Encoder, Queue, frozen_running_statistics, load_pretrained
+from models import moving_average, smallest_sides
 
 STAGE = "stage 1 of DSCL + PBSD"
 CLASSIFIERS = ("ce", "la")  # the baselines of --loss that train a classifier
@@ -50,8 +53,8 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     random crops of each image or, if the data set is held in memory, twice the whole images, from
     which the views are cropped here. labels is [B]. `batch` (ShuffledBatch) knows which images of
     the global batch are this rank's, and has the random numbers of this step.
-    The contrast set is the other queries, all keys and the queue, as in the published code. But the
-    published code takes the queries and keys of the local rank, and we take those of all ranks.
+    The contrast set is the other queries, all keys and the queue. The published code takes the
+    queries and keys of the local rank; we take those of all ranks.
     """
     # view: the query view of x_i, [B, 3, V, V].
     # boxes: L boxes in it, B_i[j] in the paper, [L, B, 4].
@@ -71,21 +74,22 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     with autocast(view.device, args.amp):
         z, c, s = model(view, boxes, patches)
         with torch.no_grad():
-            moving_average(key_encoder, model, args.momentum_encoder)
-            shuffled_keys, _, _ = key_encoder(key_view)
+            moving_average(key_encoder, model, args.momentum_encoder)  # as in MoCo, before the step
+            with frozen_running_statistics(key_encoder):  # they are never used
+                shuffled_keys, _, _ = key_encoder(key_view)
             all_keys = batch.gather_unshuffled(shuffled_keys)
 
     # Row i of all_queries, all_keys and all_labels belongs to image i of the global batch. Every
-    # rank computes DSCL for all N anchors, with gradient for its own queries; gather_queries scales
-    # it so that DDP's mean over ranks is the gradient of the whole loss. PBSD is of its B images.
+    # rank computes DSCL for all N anchors, since its queries are contrast for those of other ranks,
+    # with gradient for its own queries; gather_queries scales it so that DDP's mean over ranks is
+    # the gradient of the whole loss. PBSD is computed for this rank's B images only.
     all_queries, all_labels = gather_queries(z, batch.rank_rows), gather(labels)
     keys, tau = all_keys[:, batch.rank_rows], args.temperature
     alpha = None if args.loss == "scl" else args.alpha
     dscl, pbsd = [], []
     for e in range(args.experts):  # each expert has its own embeddings, queue and losses
-        M = queue.keys[e]
-        of_batch, of_queue = (all_queries[e], all_keys[e], all_labels), (M, queue.labels)
-        dscl.append(dscl_loss(*of_batch, *of_queue, alpha=alpha, temperature=tau))
+        M, settings = queue.keys[e], dict(alpha=alpha, temperature=tau)
+        dscl.append(dscl_loss(all_queries[e], all_keys[e], all_labels, M, queue.labels, **settings))
         if args.pbsd_weight:
             pbsd.append(pbsd_loss(c[e], s[e], keys[e], M, temperature=tau))
     # It is safe to change the queue before backward(), which reads no tensor of the queue.
@@ -100,8 +104,8 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
 def cross_entropy_step(model, log_prior, images, labels, batch, args):
     """The baselines ce and la on one batch: linear classifiers on the query view.
 
-    log_prior [classes] is added to the logits, in training only. For logit adjustment it is the
-    logarithm of the class frequencies (Menon et al., 2021), for plain cross-entropy it is 0.
+    log_prior [classes] is added to the logits, in training only: 0 for cross-entropy, the logarithm
+    of the class frequencies for logit adjustment (Menon et al., 2021).
     """
     view, _, _ = data.query_views(images[0], batch.draws(), args)
     with autocast(view.device, args.amp):
@@ -111,7 +115,7 @@ def cross_entropy_step(model, log_prior, images, labels, batch, args):
 
 
 def learning_rate(step, per_epoch, args):
-    """The rate at a step, from 0: linear warm-up, then cosine to 0; peak scaled by the batch."""
+    """The learning rate of a step (from 0): linear warm-up to the scaled peak, then cosine to 0."""
     peak = args.lr * args.batch_size / 256
     steps = args.epochs * per_epoch
     warmup = round(args.warmup * steps)
@@ -129,11 +133,13 @@ def main():
     args.images = {split: len(part) for split, part in sets.items()}  # resume() compares them
     train_set, path = sets["train"], args.output / "checkpoint.pth"
     fit_batch(args, len(train_set))
+    if args.batch_size < 2 * world:
+        raise BadInput(f"--batch-size {args.batch_size}: BatchNorm needs two images a process")
     saved = resume(path, STAGE, args, device)
     first = saved["step"] if saved else 0
     ranks = dict(seed=args.seed, start=first, rank=rank, world=world)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, **ranks)
-    per_epoch, steps = batches.per_epoch, args.epochs * batches.per_epoch
+    per_epoch, steps = batches.per_epoch, batches.steps.stop
 
     torch.manual_seed(args.seed)  # every process starts with the same weights
     counts = train_set.labels.bincount().to(device)
@@ -158,59 +164,59 @@ def main():
         queue = Queue(args.queue_size, args.experts).to(device)
         state |= dict(key_encoder=key_encoder, queue=queue)
         train_step = partial(dscl_pbsd_step, key_encoder=key_encoder, queue=queue)
-    for name, part in state.items() if saved else ():
-        part.load_state_dict(saved.pop(name))
+    if saved:
+        for name, part in state.items():
+            part.load_state_dict(saved.pop(name))
 
     crops = BatchDataset(train_set, args, crops=1 if baseline else 2)
     loader = load_batches(crops, batches, args.workers, device)
     model = encoder
     if dist.is_initialized():
-        model = DistributedDataParallel(encoder, gradient_as_bucket_view=True, static_graph=True)
-        # BatchNorm's buffers are averaged at every record. torch 2.14 warns of an argument here.
-        model.broadcast_buffers = False
+        model = distributed(encoder)
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
         precision = "bfloat16" if args.amp == "bf16" else "float32"
         print(f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
-              f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}",
-              file=sys.stderr)
+              f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}, "
+              f"{args.workers} workers each", file=sys.stderr)
 
-    sums = summed = 0  # since the last record: sums of the loss and its terms, and steps
+    total = count = 0  # since the last record: sums of the loss and its terms, and number of steps
     logged_at = saved_at = time.monotonic()
-    for step, (images, labels) in enumerate(loader, first + 1):  # step - 1 steps are done
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, per_epoch, args)
+    for step, (images, labels) in enumerate(loader, first):
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, per_epoch, args)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        batch = ShuffledBatch(args, step, batches.rows, device)
         pair = images[0], images[-1]  # two crops of each image, or twice the whole image
-        batch = ShuffledBatch(args, step - 1, batches.rows, device)
         values = train_step(model, images=pair, labels=labels, batch=batch, args=args)
         values["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-        sums, summed = sums + torch.stack(list(values.values())).detach(), summed + 1
-        of_epoch = step % per_epoch  # steps of this epoch so far; 0 at its end
+        total, count = total + torch.stack(list(values.values())).detach(), count + 1
+        done = step + 1
+        of_epoch = done % per_epoch  # steps of this epoch so far; 0 at its end
         if of_epoch % LOG_EVERY:
             continue
 
-        means = gather((sums / summed)[None]).mean(0)
-        check_finite([means, *encoder.parameters()], step, lr)
+        means = gather((total / count)[None]).mean(0)
+        check_finite([means, *encoder.parameters()], done, lr)
         average_statistics(encoder)
         if rank == 0:
             now = time.monotonic()
-            rate, logged_at = round(summed * args.batch_size / (now - logged_at), 1), now
-            record = dict(epoch=math.ceil(step / per_epoch), step=step)
+            rate, logged_at = round(count * args.batch_size / (now - logged_at), 1), now
+            record = dict(epoch=math.ceil(done / per_epoch), step=done)
             record |= dict(zip(values, means.tolist()), lr=lr, images_per_second=rate)
             print(json.dumps(record), file=log)
             terms = "  ".join(f"{name} {record[name]:.4g}" for name in values)
-            epoch = f"epoch {step / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
-            progress.show(step, f"{epoch}  {terms}  {rate:.0f} images/s")
+            epoch = f"epoch {done / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
+            progress.show(done, f"{epoch}  {terms}  {rate:.0f} images/s")
             # At the end of an epoch a checkpoint is written if the last one is a minute old.
             minutes = args.save_minutes if of_epoch else min(1, args.save_minutes)
-            if step == steps or now - saved_at >= 60 * minutes:
+            if done == steps or now - saved_at >= 60 * minutes:
                 os.fsync(log.fileno())  # on disk first: it has every record up to the checkpoint
                 parts = {name: part.state_dict() for name, part in state.items()}
-                save(path, dict(stage=STAGE, args=to_json(args), step=step, **parts))
+                save(path, dict(stage=STAGE, args=to_json(args), step=done, **parts))
                 logged_at = saved_at = time.monotonic()
-        sums = summed = 0
+        total = count = 0
     if rank == 0:
         print(f"done: {path}; stage 2: python eval.py --output {args.output}", file=sys.stderr)
 
@@ -220,13 +226,22 @@ def main():
 
 def start(args):
     """Join torchrun's process group; returns (rank, world size, device) and settles args.amp."""
+    needed = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    here = [name for name in needed if name in os.environ]
+    if 0 < len(here) < len(needed):
+        missing = ", ".join(name for name in needed if name not in here)
+        raise BadInput(f"the environment has {', '.join(here)}, but not {missing}: start several "
+                       "processes by torchrun; for one process unset these variables")
     world = int(os.environ.get("WORLD_SIZE", 1))
+    # What is said to be in float32 is so, even where the environment asks for TF32.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no usable GPU; use --device cpu")
     if args.device != "cpu" and torch.cuda.is_available():
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if here > gpus:
-            raise BadInput(f"{here} processes, but {gpus} GPUs on this host: start one per GPU")
+        local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if local > gpus:
+            raise BadInput(f"{local} processes, but {gpus} GPUs on this host: start one per GPU")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes are the same in every step
@@ -235,7 +250,7 @@ def start(args):
         device, can = torch.device("cpu"), getattr(torch.cpu, "get_capabilities", dict)()
         able = can.get("avx512_bf16") or can.get("amx_bf16")
     args.amp = "bf16" if args.amp == "auto" and able else "off"
-    if "RANK" in os.environ:
+    if here:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     return data.RANK, world, device
 
@@ -244,11 +259,25 @@ def autocast(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
+def distributed(encoder):
+    """The encoder as a DistributedDataParallel module, whose gradients are means over ranks."""
+    # 1 x 1 convolutions in channels_last: the copy that this harmless warning is about is small.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    options = dict(gradient_as_bucket_view=True, static_graph=True)
+    if "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters:
+        options["batched_grad_copy"] = True  # since torch 2.14: one copy instead of 163
+    model = DistributedDataParallel(encoder, **options)
+    # BatchNorm's buffers are averaged at every record. torch 2.14 warns of an argument here.
+    model.broadcast_buffers = False
+    return model
+
+
 def explain(error):
     """Exit code and message for errors of torch that are not bugs here; no message for others."""
     text = str(error)
     first = text.partition("\n")[0]
-    full = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    full = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+            "unable to find an engine to execute this computation")
     if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in full):
         return 2, (f"the GPU is out of memory ({first}); use a smaller --batch-size or more GPUs, "
                    "leave --amp at auto, and in stage 2 use --classifier balanced")
@@ -302,11 +331,11 @@ def average_statistics(encoder):
 
 
 class ShuffledBatch:
-    """The images of the global batch of N that this rank embeds in a step, and its random numbers.
+    """Which rows of the global batch this rank embeds in a step, and the step's random numbers.
 
-    Its queries are those of the rows `rank_rows`, its keys those of other, randomly chosen images
-    (shuffle BN). Everything depends only on (seed, step). A single process embeds all images and
-    shuffles nothing.
+    It embeds the rows `rank_rows` as queries, and as keys the rows `key_rows`, which are randomly
+    chosen (shuffle BN). Everything depends only on (seed, step). A single process embeds all rows
+    and shuffles nothing.
     """
 
     def __init__(self, args, step, rank_rows, device):
@@ -316,6 +345,7 @@ class ShuffledBatch:
         if dist.is_initialized():
             generator = torch.Generator().manual_seed(self.seeds[0])
             order = torch.randperm(args.batch_size, generator=generator)
+            order = order.pin_memory() if device.type == "cuda" else order
             self.order = order.to(device, non_blocking=True)
             self.key_rows = self.order[rank_rows]
 
@@ -348,7 +378,7 @@ def fit_batch(args, count):
 
 def check_finite(tensors, step, lr):
     """Raise BadInput if training has diverged, so that such weights are never saved."""
-    # One launch computes the largest absolute values; it preserves NaN and infinity.
+    # The largest absolute values, in one launch, which preserves NaN and infinity.
     if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
         raise BadInput(f"loss or weights are not finite at step {step}, lr {lr:.3g}: try a smaller "
                        "--lr with another --output; the last checkpoint was left unchanged")
@@ -359,7 +389,10 @@ def save(path, content):
     beside = path.with_name(path.name + ".new")
     try:
         with open(beside, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -410,7 +443,9 @@ def refuse_differences(path, before, args):
     differ = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if differ:
         differences = "; ".join(f"{n} was {before.get(n)}, now {now.get(n)}" for n in differ)
-        raise BadInput(f"{path} belongs to another run ({differences}); choose another --output")
+        checkpoint = getattr(args, "checkpoint", None)  # of eval.py
+        choose = f"--checkpoint {checkpoint} with another" if checkpoint else "another"
+        raise BadInput(f"{path} belongs to another run ({differences}); choose {choose} --output")
 
 
 def resume(path, stage, args, device):
@@ -498,9 +533,8 @@ STAGE2 = [
     ("classifier", "balanced", ("adjusted", "balanced"),
      "balanced: SGD with class-balanced sampling, as in the paper; adjusted: logistic regression "
      "and the class prior, no learning rate", {FOLDER: "adjusted", SMALL: "adjusted"}),
-    ("penalty", [3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1], (0, 1e6),
-     "penalty on the squared weights, for adjusted; val chooses one of several; without val the "
-     "first is used. All flags below are for balanced", {CIFAR: [1e-3]}),
+    ("penalty", [3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1], (0, 1e6), "on the squared weights, for "
+     "adjusted: the best on val, or the first. All flags below are for balanced", {CIFAR: [1e-3]}),
     ("epochs", 40, (0, 1e6),
      "passes over the training set; 0 evaluates the classifier of --loss ce or la", {SMALL: 20}),
     ("batch_size", 2048, (1, 1e6), "images in a step of all processes", {FOLDER: 256, SMALL: 256}),
@@ -528,7 +562,8 @@ def add_settings(parser, title, dataset, rows):
     group, values = parser.add_argument_group(title), values_for(dataset, rows)
     for name, _, limits, text, _ in rows:
         default = values[name]
-        several = default if isinstance(default, (tuple, list)) else [default]
+        is_sequence = isinstance(default, (tuple, list))
+        several = default if is_sequence else [default]
         options = dict(help=f"{text} (default: {' '.join(map(str, several))})")
         if isinstance(default, bool):
             options |= dict(action=argparse.BooleanOptionalAction)
@@ -537,7 +572,7 @@ def add_settings(parser, title, dataset, rows):
         else:
             kind = type(several[0])
             options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "DIR"))
-        if several is default:
+        if is_sequence:
             options |= dict(nargs="+" if isinstance(default, list) else len(default))
         group.add_argument("--" + name.replace("_", "-"), default=default, **options)
 
@@ -545,14 +580,14 @@ def add_settings(parser, title, dataset, rows):
 def parse_within_limits(parser, rows):
     """The parsed arguments; BadInput if a number is outside the limits of its row."""
     args = parser.parse_args()
-    for name, _, limits, *_ in rows:
+    for name, default, limits, *_ in rows:
         values, flag = getattr(args, name), "--" + name.replace("_", "-")
         values = values if isinstance(values, (tuple, list)) else [values]
         for value in values if limits and not isinstance(values[0], str) else ():
             if not limits[0] <= value <= limits[1]:
                 low, high = limits
                 parser.error(f"argument {flag}: must be from {low:g} to {high:g}, got {value:g}")
-        if len(values) == 2 and values[0] > values[1]:
+        if isinstance(default, tuple) and len(values) == 2 and values[0] > values[1]:
             parser.error(f"argument {flag}: the smaller value must come first")
     return args
 
@@ -582,6 +617,8 @@ def parse_args():
     sizes = [args.view_size, args.patch_size]
     if args.loss in CLASSIFIERS or not args.pbsd_weight:
         del sizes[1]  # no patches
+    elif not args.queue_size:
+        parser.error("--queue-size 0: PBSD needs a queue; --pbsd-weight 0 turns it off")
     for name, side, least in zip(("view", "patch"), sizes, smallest_sides(args.arch)):
         if side < least:
             parser.error(f"--{name}-size {side}: {args.arch} needs at least {least} pixels")
@@ -604,7 +641,6 @@ def draw_views(path, dataset, args, count=6):
         image.copy_(draw_bounding_boxes(image, of_image, colors=colors, width=2))
     rows = torch.stack(shown, dim=1).flatten(0, 1)
     save_image(rows, path, format="png", nrow=len(shown), pad_value=1)
-    print(f"drew {path}: query view, its boxes, key view, patches", file=sys.stderr)
 
 
 if __name__ == "__main__":

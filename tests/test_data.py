@@ -114,7 +114,7 @@ def test_cifar_lt_matches_the_usual_subset(tmp_path, monkeypatch):
 
 def test_missing_images_of_a_data_set_are_named_with_what_to_do(tmp_path, monkeypatch, capsys):
     for options, says in (
-        (["imagenet_lt"], "datasets/imagenet_lt is not a directory: put or link .* --data-root; data"),
+        (["imagenet_lt"], "datasets/imagenet_lt is not a directory: put or link .* --data-root"),
         (["imagefolder", "--data-root", "my"], "my is not a directory: put or link the images of"),
         (["fashion_mnist_lt", "--data-root", tmp_path], "/fashion_mnist_lt.npz: No such file"),
         (["cifar100_lt"], "datasets/cifar100_lt has no complete cifar-100-python .*--download"),
@@ -587,7 +587,7 @@ def test_check_reports_counts_and_unusable_files(tmp_path, imagenet_tree, monkey
         file.write("train/n00000003/train_0.JPEG 3\n")  # also in train
     code, out, _ = command(*call)
     for said in (
-        "train: 45 images, 4 of 4 classes, of 24 to 3 images each: 0 many-, 1 medium-, 3 few-shot\n",
+        "train: 45 images, 4 of 4 classes, of 24 to 3 images each: 0 many-, 1 medium-, 3 few-shot",
         "val: 9 images, 4 of 4 classes, of 3 to 2 images each\n",
         "ImageNet_LT_train.txt: 45 images, not the published 115,846", "problems: 5\n",
         f"{root}/train/n00000002/train_1.JPEG cannot be read as an image (No such file",
@@ -610,9 +610,13 @@ def test_check_of_the_shipped_set_passes_from_any_directory(tmp_path):
     assert done.returncode == 0 and not done.stderr and "train: 2,478 images" in done.stdout
 
 
-@pytest.mark.parametrize("usable, processes, workers", [(128, 8, 8), (16, 4, 3), (1, 2, 1)])
-def test_workers_leave_a_core_to_each_process(usable, processes, workers, monkeypatch):
+@pytest.mark.parametrize(
+    "usable, quota, processes, workers",
+    [(128, "max", 8, 15), (16, "max", 4, 3), (1, "max", 2, 1), (64, "1000000", 2, 4)],
+)
+def test_workers_leave_a_core_to_each_process(usable, quota, processes, workers, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(usable)))
+    monkeypatch.setattr(data.Path, "read_text", lambda path: f"{quota} 100000\n")  # of a container
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert data.cores() == workers
 

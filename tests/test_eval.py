@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 
 def predictions(rights, wrongs):
     """(top [N, 1], labels [N]) with so many right and wrong predictions of each class."""
-    labels = torch.arange(len(rights)).repeat_interleave(torch.tensor(rights) + torch.tensor(wrongs))
+    counts = torch.tensor(rights) + torch.tensor(wrongs)
+    labels = torch.arange(len(rights)).repeat_interleave(counts)
     top = [[c] * r + [(c + 1) % len(rights)] * w for c, (r, w) in enumerate(zip(rights, wrongs))]
     return torch.tensor(sum(top, []))[:, None], labels
 
@@ -264,7 +265,8 @@ def test_accuracy_bars_have_the_right_height_and_group_colour(tmp_path):
     results |= dict(many=50.0, medium=None, few=100.0, all=75.0)  # bags have no test image
     stage2.draw_accuracy(tmp_path, results, ["bööts", "shirts", "bags"])
     many, few = stage2.GROUP_COLORS["many"], stage2.GROUP_COLORS["few"]
-    with Image.open(tmp_path / "accuracy.png") as image:  # shirts, bags, boots: each 50 pixels, from x=40
+    # Shirts, bags, boots: each 50 pixels wide, from x = 40.
+    with Image.open(tmp_path / "accuracy.png") as image:
         assert image.getpixel((60, 340 - 145)) == many != image.getpixel((60, 340 - 155))
         assert image.getpixel((160, 42)) == few and image.getpixel((160, 338)) == few
         assert image.getpixel((110, 335)) not in (many, few)
@@ -280,11 +282,12 @@ def test_activation_map_is_red_where_the_class_is_seen_and_blue_elsewhere(tmp_pa
         head.weight.data.zero_()
         head.weight.data[0, 5] = head.weight.data[1, 6] = 1.0
     encoder.feature_maps = lambda view: [feature_map, feature_map]
-    path, counts = tmp_path / "activation.png", torch.tensor([5, 9, 2])  # the last has no test image
+    path = tmp_path / "activation.png"
+    counts = torch.tensor([5, 9, 2])  # the last has no test image
     for level in (0, 255):  # on dark and on light images
         dataset = ImageArrays(torch.full((2, 1, 28, 28), level).byte(), torch.tensor([0, 1]), "")
         stage2.draw_activation(tmp_path, encoder, dataset, counts, cfg, ["a", "b", "c"], CPU)
-        with Image.open(path) as image:  # tiles of 320 x 196 pixels: the image, and its map
+        with Image.open(path) as image:  # tiles of 320 x 178 pixels: the image, and its map
             for left, here, elsewhere in ((2, (10, 10), (150, 150)), (324, (150, 150), (10, 10))):
                 assert image.getpixel((left + 80, 80)) == (level, level, level)
                 red, _, blue = image.getpixel((left + 160 + here[0], 2 + here[1]))
