@@ -3,7 +3,8 @@
 # 1/8, as loaders of large photographs do. The result is close to the mean of the pixels, within 1 of
 # 255, for colours stored at full resolution (4:4:4) and at half of it in both directions (4:2:0). For
 # the format in between (4:2:2), which stores more colour than 4:2:0, it is off by 4 at 1/4 and by
-# nearly 10 at 1/8: the colours are not interpolated, but each is repeated for two pixels of a row.
+# nearly 10 at 1/8. The brightness is right, but the colours are shrunk twice as far as asked in each
+# row and then widened again, at 1/8 by repeating each for two pixels.
 #
 # Pillow 13.0.0 libjpeg-turbo 3.2.0
 # 4:4:4: mean difference from the decoded and then averaged picture, of 255: 1/2 0.50, 1/4 0.47, 1/8 0.50
