@@ -17,7 +17,7 @@ set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 python3 -m venv "$tmp/venv"
-"$tmp/venv/bin/pip" install --quiet torch==2.14.1
+"$tmp/venv/bin/pip" install --quiet torch==2.14.1 numpy==2.4.6
 OMP_NUM_THREADS=1 "$tmp/venv/bin/python" - <<'EOF'
 import torch
 from torch.nn.functional import group_norm, instance_norm
