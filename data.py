@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -33,7 +34,9 @@ from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
-try:  # the same pixels as Pillow's, 1.4 times as fast; torchvision plans to remove it
+# The same pixels as Pillow's, 1.4 times as fast. torchvision plans to remove it; its successor,
+# torchcodec, turns images by their EXIF orientation and divides 16-bit grey by 257, not by 256.
+try:
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
     decode_jpeg = None
@@ -351,6 +354,8 @@ def decode(image, max_downscale=1.0):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     elif image.mode[0] in "IF":
         raise ValueError("its pixels have 32 bits; 8 are supported, or 16 in grey images")
+    if isinstance(image, JpegImageFile) and get_sampling(image) == 1:  # 4:2:2
+        max_downscale /= 2  # its colours are shrunk twice as far: findings/jpeg_draft_chroma.sh
     if max_downscale >= 2:
         image.draft("RGB", [side // int(max_downscale) for side in image.size])
     elif decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):

@@ -384,6 +384,38 @@ def test_reduced_decoding_gives_the_same_views(crops, widths, tmp_path, monkeypa
     assert differ[:, :, :2].mean().abs() < 0.2 and 0 < differ[:, :, 2].abs().mean() < 4
 
 
+def test_reduced_decoding_keeps_the_colours_of_every_chroma_format(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    smooth = Image.fromarray(colors).resize((1600, 1600), Image.Resampling.BICUBIC)
+    for subsampling in (0, 1, 2):  # 4:4:4, 4:2:2, 4:2:0
+        smooth.save(tmp_path / "0.jpg", quality=95, subsampling=subsampling)
+        with data.open_image(tmp_path / "0.jpg") as image:
+            reduced = data.decode(image, 8.0).float()
+        factor = 1600 // reduced.shape[1]
+        whole = torch.nn.functional.avg_pool2d(read(tmp_path / "0.jpg").float(), factor)
+        assert factor == (4 if subsampling == 1 else 8)
+        assert (reduced - whole).abs().mean() < 1.5  # 4:2:2 at 1/8: 8
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_exif_orientation_is_the_same_on_every_path_of_decoding(orientation, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ramp = np.zeros((128, 256, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(256), np.arange(0, 256, 2)[:, None]
+    Image.fromarray(ramp).save(tmp_path / "0.jpg", quality=95, subsampling=0, exif=exif)
+    Image.fromarray(ramp).save(tmp_path / "0.png", exif=exif)
+    original = data.decode_jpeg
+    for size in (28, 112):  # decoded at a quarter, and whole
+        cfg, views = small_cfg("imagefolder", view_size=size), []
+        for name, decoder in ((b"0.jpg", original), (b"0.jpg", None), (b"0.png", None)):
+            monkeypatch.setattr(data, "decode_jpeg", decoder)
+            dataset = data.ImageFiles(tmp_path, [name], [0], "made")
+            views.append(dataset.views([0], [None], cfg, 0)[0, 0].float())
+        for view in views[1:]:
+            assert (view - views[0]).abs().mean() < 3  # the ramps show where each pixel is from
+
+
 def test_batches_own_their_memory_as_pinning_requires(imagenet_tree):
     for dataset in (SHIPPED["train"], load_dataset("imagenet_lt", imagenet_tree)["train"]):
         for crops in (0, 1, 2):
