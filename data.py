@@ -11,11 +11,14 @@ the exit code is 1 if there are any.
 import argparse
 import math
 import os
+import re
 import sys
 import time
+import unicodedata
+from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import sha256
 from itertools import islice
 from multiprocessing.pool import ThreadPool
@@ -294,17 +297,25 @@ class ImageArrays:
     def __len__(self):
         return len(self.labels)
 
+    def fingerprint(self):
+        """Number and hash of images (on disk: of their paths) and labels."""
+        content = np.asarray(self.images).tobytes() + self.labels.numpy().tobytes()
+        return f"{len(self)} images, hash {sha256(content).hexdigest()[:12]}"
+
     def views(self, indices, seeds, cfg, crops):
         """The whole images, uint8 [1, B, C, H, W]; they are cropped on the device."""
         return self.images[indices][None]
 
 
 class ImageFiles(ImageArrays):
-    """Images on disk: their paths below root, labels int64 [N], and class names or None."""
+    """Images on disk: their paths below root, labels int64 [N], and class names or None.
 
-    def __init__(self, root, paths, labels, origin, names=None):
-        self.root, self.origin, self.names = root, origin, names
-        self.paths = np.asarray(paths)  # one array of bytes, which workers share
+    With `upright` they are turned as their EXIF orientation says. The benchmarks' papers do not.
+    """
+
+    def __init__(self, root, paths, labels, origin, names=None, upright=False):
+        self.root, self.origin, self.names, self.upright = root, origin, names, upright
+        self.images = self.paths = np.asarray(paths)  # one array of bytes, which workers share
         self.labels = torch.as_tensor(labels, dtype=torch.long)
 
     def path(self, index):
@@ -321,9 +332,12 @@ class ImageFiles(ImageArrays):
                 if crops:
                     # torch.manual_seed would seed GPUs too, which a worker must not use.
                     torch.default_generator.manual_seed(seeds[place])
-                    views += random_crops(image, cfg.crop_scale, cfg.view_size, crops)
+                    of_image = random_crops(image, cfg.crop_scale, cfg.view_size, crops)
                 else:
-                    views.append(central_crop(image, cfg.view_size))
+                    of_image = [central_crop(image, cfg.view_size)]
+                # Square crops of a turned image and turned crops are alike.
+                exif = image.getexif().get(0x0112, 1) if self.upright else 1
+                views += [turned(view, exif) for view in of_image]
         # In a worker, default_collate writes to shared memory; channels last, like decoded images.
         views = default_collate([view.permute(1, 2, 0) for view in views])
         return views.unflatten(0, (len(indices), -1)).permute(1, 0, 4, 2, 3)
@@ -365,6 +379,13 @@ def decode(image, max_downscale=1.0):
     return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
+def turned(view, orientation):
+    """A view [3, H, W] as the EXIF orientation, 1 to 8, says that it is to be shown."""
+    view = view.transpose(1, 2) if orientation >= 5 else view
+    flips = [1] * (orientation in (3, 4, 7, 8)) + [2] * (orientation in (2, 3, 6, 7))
+    return view.flip(flips) if flips else view
+
+
 def random_crops(image, scale, size, count):
     """Random resized crops of an open image: `count` uint8 views [3, size, size]."""
     width = image.width
@@ -399,10 +420,8 @@ def central_crop(image, size):
 def load_dataset(name, root=None, index_dir=None, imbalance=None, download=False):
     """A data set's splits, {"train": ImageArrays or ImageFiles, "val": ..., "test": ...}.
 
-    root is the directory of the images (default: default_root), index_dir that of the index files
-    (default: root). CIFAR-LT has no val and takes `imbalance`; iNaturalist has no test. Classes may
-    be missing in val and test, but not in train. BadInput names what is missing or wrong; images on
-    disk are not opened here.
+    CIFAR-LT has no val and takes `imbalance`; iNaturalist has no test. Classes may be missing in
+    val and test. BadInput names what is missing or wrong; images on disk are not opened here.
     """
     entry, root = DATASETS[name], Path(root or default_root(name))
     if entry["source"] != "cifar" and (imbalance or download):
@@ -422,13 +441,27 @@ def load_dataset(name, root=None, index_dir=None, imbalance=None, download=False
         for split in entry["published"]:
             sets[split] = read_index(entry["index"], split, root, Path(index_dir or root), classes)
             classes = int(sets["train"].labels.max()) + 1
+        sets["train"].names = names_of_folders(sets["train"])
     origin, counts = sets["train"].origin, sets["train"].labels.bincount()
     if not counts.all():
         empty, last = int(counts.argmin()), len(counts) - 1
         raise BadInput(f"{origin}: no image of class {empty}; labels are 0 to {last} without a gap")
     if len(counts) < 2:
         raise BadInput(f"{origin}: only one class; at least two are needed")
+    names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
+    if RANK == 0:
+        shown = names if len(names) <= 10 else [*names[:3], "...", *names[-3:]]
+        print(f"{len(names)} classes: {', '.join(shown)}", file=sys.stderr)
     return sets
+
+
+def names_of_folders(dataset):
+    """The name of the folder of each label's images, or None if they are not one to one."""
+    folders = {}
+    for path, label in zip(dataset.paths, dataset.labels.tolist()):
+        folders.setdefault(label, set()).add(os.fsdecode(path).rpartition("/")[0])
+    names = [folder.rpartition("/")[2] for label in sorted(folders) for folder in folders[label]]
+    return names if len(names) == len(set(names)) == len(folders) else None
 
 
 def read_npz(path, names):
@@ -471,7 +504,8 @@ def read_index(index, split, root, directory, classes=None):
     if not path.is_file():
         raise BadInput(f"{path} not found: git clone {INDEX_FILES}, and copy the files of "
                        f"data/{index} to {directory} or give their directory as --index-dir")
-    lines, paths, labels = path.read_bytes().splitlines(), [], []
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip()  # a byte-order mark
+    lines, paths, labels = content.splitlines(), [], []
     classes = classes or len(lines)  # in the training set every class has a line
     for number, line in enumerate(lines, 1):
         try:
@@ -494,47 +528,87 @@ def read_index(index, split, root, directory, classes=None):
 
 
 HELD_OUT = {"test": 0.2, "val": 0.1}  # fractions of each class
-FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+LIKE_A_SPLIT = r"(?i)(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|elopment|uation)?(?![a-z])"
 
 
 def find_images(folder):
-    """The images anywhere below a folder, sorted, and the number of its other and hidden files."""
-    images, others = [], 0
-    for place, _, names in os.walk(folder, followlinks=True):
-        for path in (os.path.join(place, name) for name in names):
-            hidden = "/." in path[len(str(folder)) :]
-            if hidden or not path.lower().endswith(IMG_EXTENSIONS):
-                others += 1
-            else:
-                images.append(path)
+    """The images below a folder, sorted, and its other files.
+
+    Each real folder is read once. What is in folders that begin with . or @ are other files.
+    """
+    images, others, seen = [], [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        hidden = re.search(r"(^|/)(@|\.[^/])", os.path.relpath(place, folder))
+        real = os.path.realpath(place)
+        if real in seen:  # a link, which may lead to a folder above
+            folders.clear()
+        for name in names:
+            image = name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."
+            read = image and not hidden and real not in seen
+            (images if read else others).append(os.path.join(place, name))
+        seen.add(real)
     return sorted(images), others
+
+
+def say_left_out(place, files, read):
+    """Print how many files are not read, and their most frequent endings."""
+    endings = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in files)
+    if files and RANK == 0:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(4))
+        print(f"{place}: {len(files)} files are left out ({kinds}); only {read} are read",
+              file=sys.stderr)
 
 
 def read_classes(place, root):
     """(path below root, class name) of every image in place/<class>/; prints what it skips."""
     images, others = find_images(place)
-    below = [os.path.relpath(path, place).split(os.sep) for path in images]
-    samples = [(path, names[0]) for path, names in zip(images, below) if len(names) > 1]
-    left_out = others + len(images) - len(samples)
-    if left_out and RANK == 0:
-        print(f"{place}: {left_out} files are left out; only {' '.join(IMG_EXTENSIONS)} in class "
-              "folders are read", file=sys.stderr)
-    return [(os.fsencode(os.path.relpath(path, root)), name) for path, name in samples]
+    folders = {path: os.path.relpath(path, place).split(os.sep)[:-1] for path in images}
+    loose = [path for path in images if not folders[path]]
+    say_left_out(place, others + loose, f"{' '.join(IMG_EXTENSIONS)} in class folders")
+    deep = {os.sep.join(names) for names in folders.values() if len(names) > 1}
+    if deep and RANK == 0:
+        classes = len({names.partition(os.sep)[0] for names in deep})
+        print(f"{place}: images lie deeper than their class folders, as in {min(deep)}: "
+              f"{len(deep)} folders make {classes} classes", file=sys.stderr)
+    return [
+        (os.fsencode(os.path.relpath(path, root)), unicodedata.normalize("NFC", names[0]))
+        for path, names in folders.items()
+        if names
+    ]
+
+
+def find_splits(root):
+    """{"train": folder, ...} of root, or {"train": root} if its folders are classes, not splits.
+
+    A split holds class folders, a class holds images. BadInput if a folder could be either.
+    """
+    folders = {  # and whether it holds folders
+        path: any(part.is_dir() for part in path.glob("[!.@]*"))
+        for path in sorted(root.glob("[!.@]*"))
+        if path.is_dir()
+    }
+    splits = {SPLIT_OF[p.name.lower()]: p for p in folders if p.name.lower() in SPLIT_OF}
+    if any(folders[path] for path in splits.values()):
+        others = [path for path in folders if path not in splits.values()]
+        unclear = [path for path in others if find_images(path)[0]]
+    else:
+        splits, alike = {"train": root}, [p for p in folders if re.search(LIKE_A_SPLIT, p.name)]
+        unclear = [path for path in alike if folders[path] or alike == list(folders)]
+    if unclear:
+        names = ", ".join(path.name for path in unclear)
+        raise BadInput(f"{root}: {names} could be splits or classes: name splits train, val and "
+                       "test, with class folders in them and no other image folders beside them")
+    return splits
 
 
 def read_folders(root):
     """The splits of root/{train,val,test}/<class>/*, or of root/<class>/*, which is then train."""
-    there = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
-    places = {
-        split: next((there[name] for name in names if name in there), None)
-        for split, names in FOLDERS.items()
-    }
-    if not any(places.values()):
-        places["train"] = root
-    samples = {split: read_classes(place, root) if place else [] for split, place in places.items()}
+    places, samples = find_splits(root), dict(train=[], val=[], test=[])
+    samples |= {split: read_classes(place, root) for split, place in places.items()}
     train, missing = samples["train"], [split for split in HELD_OUT if not samples[split]]
     if not train:
-        raise BadInput(f"{places['train'] or root / 'train'}: no images in class folders; they "
+        raise BadInput(f"{places.get('train', root / 'train')}: no images in class folders; they "
                        f"belong in {root}/<class>/, or in {root}/train/<class>/ with val/ and "
                        "test/ beside train/")
     label_of = {name: label for label, name in enumerate(sorted({name for _, name in train}))}
@@ -548,10 +622,10 @@ def read_folders(root):
         raise BadInput(f"{places['train']}: no class has the three images needed to hold one out "
                        f"for testing; put images of some classes into {root}/test/<class>/")
     sets = {}
-    for split, part in samples.items():
-        if part:
-            paths, labels = [path for path, _ in part], [label_of[name] for _, name in part]
-            sets[split] = ImageFiles(root, paths, labels, f"{root}/{split}", list(label_of))
+    for split in (split for split in samples if samples[split]):
+        paths, names = zip(*samples[split])
+        sets[split] = ImageFiles(root, paths, [label_of[name] for name in names],
+                                 f"{root}/{split}", list(label_of), upright=True)
     return sets
 
 
@@ -708,6 +782,7 @@ def run(main, explain=lambda error: (1, None)):
     The exit code is 2 if the user can fix the error, and 130 after Ctrl-C. `explain` returns exit
     code and message for a RuntimeError, or no message if it is a bug.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
         if dist.is_initialized():
@@ -754,31 +829,31 @@ def check_counts(sets, published):
     return problems
 
 
-def problem_of(path, decoding):
-    """Why a file is no image, or None; without `decoding` only its header is read."""
-    try:
-        with open_image(path) as image:
-            if decoding:
-                decode(image)
-    except BadInput as error:
-        return str(error)
-
-
 def check_files(sets, decoding, threads):
-    """Messages on the files of all splits that are missing, broken or repeated."""
-    problems, split_of = [], {}
+    """Messages on the files of all splits that are missing, broken, or in two splits."""
+
+    def examine(path):  # its problem, and its path or, if decoding, the hash of its content
+        try:
+            with open_image(path) as image:
+                if decoding:
+                    decode(image)
+            return None, sha256(path.read_bytes()).digest() if decoding else path
+        except BadInput as error:
+            return str(error), path
+
+    problems, seen = [], {}
     for split, dataset in sets.items():
         paths, progress = list(map(dataset.path, range(len(dataset)))), Progress(len(dataset))
         before = len(problems)
         with ThreadPool(max(1, threads)) as pool:
-            found = pool.imap(partial(problem_of, decoding=decoding), paths, 64)
-            for done, (path, problem) in enumerate(zip(paths, found), 1):
-                if path in split_of:
-                    problems.append(f"{path} is in {split_of[path]} and again in {split}")
-                split_of[path] = split
-                problems += [problem] if problem else []
-                count = len(problems) - before
-                progress.show(done, f"{split}: {done:,} images, {count:,} problems")
+            found = enumerate(zip(paths, pool.imap(examine, paths, 64)), 1)
+            for done, (path, (problem, key)) in found:
+                earlier, of = seen.setdefault(key, (path, split))
+                if problem or of != split:
+                    problems.append(problem or f"{path} of {split} equals {earlier} of {of}")
+                if done % 64 == 0 or done == len(paths):  # results come in chunks
+                    text = f"{split}: {done:,} images, {len(problems) - before:,} problems"
+                    progress.show(done, text)
     return problems
 
 
@@ -796,11 +871,10 @@ contents of --data-root, by default datasets/NAME, and of --index-dir:
   imagefolder, small_imagefolder  your own images, <class>/*, or train/<class>/* with val/ and
                  test/ beside train/. A missing test/ takes a fifth of the training images of each
                  class and a missing val/ a tenth, at least one each, in the order of the hash of
-                 their paths below --data-root; classes of one or two images are not tested. Sort
-                 photographs of the same object or patient into the three folders yourself, since
-                 near-copies in train and test make the accuracy look better than it is. Formats:
-                 {" ".join(IMG_EXTENSIONS)}.
-                 16-bit grey is read as 8 bits; transparency and EXIF orientation are ignored.
+                 their paths; classes of one or two images are not tested. Sort photographs of the
+                 same object or patient into the three folders yourself: near-copies in train and
+                 test make the accuracy look better than it is. {" ".join(IMG_EXTENSIONS)};
+                 16-bit grey is read as 8 bits, transparency is dropped, EXIF orientation applied.
 
 Index files, such as ImageNet_LT_train.txt, list the images of each split, a line "path label" each.
 They are in data/ImageNet_LT, data/Places_LT and data/iNaturalist18 of
@@ -817,9 +891,11 @@ def main():
     flag("--workers", type=int, default=cores(), metavar="N", help="threads")
     args = parser.parse_args()
     sets = load_dataset(dataset, args.data_root, args.index_dir, args.imbalance, args.download)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     problems = check_counts(sets, DATASETS[dataset].get("published", {}))
-    if not in_memory(dataset):
+    if in_memory(dataset):
+        train, test = ({i.numpy().tobytes() for i in sets[s].images} for s in ("train", "test"))
+        print(f"{len(train & test)} test images are also in train, as the benchmark has them")
+    else:
         problems += check_files(sets, args.decode, args.workers)
     print(f"\nproblems: {len(problems)}", *problems[:20], sep="\n  ")
     sys.exit(1 if problems else 0)

@@ -53,12 +53,17 @@ def main():
     rank, _, device = processes = train.start(args)
     args.stage1 = saved["args"] | dict(step=saved["step"])
     sets = data.load_dataset(stage1.dataset, args.data_root, args.index_dir, args.imbalance)
-    sizes = {split: len(part) for split, part in sets.items()}
-    if sizes != stage1.images:
-        raise BadInput(f"{args.checkpoint} was trained with {stage1.images} images, these are "
-                       f"{sizes}: some test images could have been used for training")
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
+    if sets["train"].names != stage1.classes:
+        renamed = [pair for pair in zip(stage1.classes or [], names) if pair[0] != pair[1]]
+        renamed = " and ".join(renamed[0]) if renamed else "their number"
+        raise BadInput(f"{args.checkpoint}: the classes are not those of training ({renamed}): "
+                       "rename their folders back, or train again")
+    if sets["train"].fingerprint() != stage1.training_images:
+        raise BadInput(f"{args.checkpoint} was trained on {stage1.training_images}, these are "
+                       f"{sets['train'].fingerprint()}: some test images could have been used for "
+                       "training; val/ and test/ may change, other images need a new training")
     if args.classifier == "balanced":
         train.fit_batch(args, len(sets["train"]))
     of_stage1 = args.classifier == "stage1"  # --epochs 0
@@ -81,6 +86,11 @@ def main():
         chosen = train_classifier(encoder, train_set, val_set, args, stage1, processes)
     if args.classifier == "adjusted":
         chosen = fit_classifier(encoder, train_set, val_set, args, stage1, processes)
+    # All classifiers but that of plain cross-entropy answer for equally frequent classes.
+    if args.prior != ("training" if of_stage1 and stage1.loss == "ce" else "balanced"):
+        log_prior = (counts / counts.sum()).log().to(device)
+        for head in encoder.heads:
+            head.bias.data += log_prior if args.prior == "training" else -log_prior
 
     # The test set is evaluated once, with the classifier that val chose.
     labels = sets[reported].labels
@@ -90,6 +100,7 @@ def main():
     results, *experts = (metrics(of_expert, labels, counts) for of_expert in top)
     results |= dict(
         reported_on=reported, chosen_on="val" if val_set else None, val=chosen["accuracy"],
+        prior=args.prior,
         classifier=args.classifier, epoch=chosen.get("epoch"), penalty=chosen.get("penalty"),
         classes=sets["train"].names, counts=counts.tolist(),
         reported_counts=labels.bincount(minlength=len(counts)).tolist(),
@@ -334,7 +345,10 @@ def table(results, counts):
             rows.append((titles[name], int(mask.sum()), span, accuracy))
     rows.append(("all, mean of classes", len(counts), int(counts.sum()), f"{results['all']:.2f}"))
     rows.append(("top1, mean of images", "", "", f"{results['top1']:.2f}"))
-    lines = ["{:<24}{:>8}{:>20}{:>8}".format(*row) for row in rows]
+    tested = [n for n, right in enumerate(results["per_class"]) if right is not None]
+    weighted = sum(int(counts[n]) * results["per_class"][n] for n in tested) / counts[tested].sum()
+    rows.append(("if classes came as in training", "", "", f"{weighted:.2f}"))
+    lines = ["{:<30}{:>8}{:>20}{:>8}".format(*row) for row in rows]
     missing, split = results["per_class"].count(None), results["reported_on"]
     if missing:
         lines.append(f"classes without a {split} image, left out: {missing} of {len(counts)}")
@@ -384,12 +398,14 @@ def predict(args, saved):
     encoder = encoder.to(device, memory_format=torch.channels_last)
     paths, unreadable = [], 0
     for path in args.predict:
-        found = data.find_images(path)[0] if path.is_dir() else [path]
+        found, others = data.find_images(path) if path.is_dir() else ([path], [])
+        data.say_left_out(path, others, " ".join(data.IMG_EXTENSIONS))
         if not found and rank == 0:
             print(f"eval.py: {path} holds no images", file=sys.stderr)
         unreadable += not found
         paths += found
-    files = data.ImageFiles(Path(), list(map(os.fsencode, paths)), [0] * len(paths), "")
+    paths = list(map(os.fsencode, paths))
+    files = data.ImageFiles(Path(), paths, [0] * len(paths), "", upright=True)
     loader = evaluation_loader(files, args, stage1, processes, ReadableImages)
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names may be any bytes
     for images, indices, problems in loader:
@@ -575,7 +591,7 @@ def parse_args():
             raise BadInput(f"--epochs 0: {checkpoint} has no classifier; --loss ce or la have one")
     defaults = train.values_for(dataset, STAGE2)
     used = dict(adjusted={"penalty"}, stage1={"epochs"}, balanced=defaults.keys() - {"penalty"})
-    for name in defaults.keys() - used[args.classifier] - {"classifier"}:
+    for name in defaults.keys() - used[args.classifier] - {"classifier", "prior"}:
         if getattr(args, name) != defaults[name]:
             flag = name.replace("_", "-")
             parser.error(f"--{flag}: this flag is not for the classifier {args.classifier}")

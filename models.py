@@ -222,8 +222,9 @@ def smallest_sides(arch):
 def load_pretrained(encoder, arch, source):
     """Load weights of torchvision's architecture into every expert's backbone.
 
-    source is a file, or torchvision's name of weights (IMAGENET1K_V1), which are downloaded once.
-    The classifier `fc` is left out. Raises ValueError on a mismatch.
+    source is a file, or torchvision's name of weights (IMAGENET1K_V1), which are downloaded once. A
+    file may hold the weights as "state_dict" or "model", and under names with a common prefix, such
+    as module.encoder_q. of MoCo; other weights are left out. Raises ValueError on a mismatch.
     """
     names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
     try:
@@ -231,14 +232,22 @@ def load_pretrained(encoder, arch, source):
             state = names[source].get_state_dict()
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        for key in ("state_dict", "model"):
+            state = state.get(key, state)
+        stems = [name for name in state if name.endswith("conv1.weight") and "layer" not in name]
+        prefix = min(stems, key=lambda name: "_k." in name, default="")[: -len("conv1.weight")]
         for branch in encoder.branches:
             layers = *encoder.shared.named_children(), *branch.named_children()
-            nn.Sequential(OrderedDict(layers)).load_state_dict(state)
+            backbone = nn.Sequential(OrderedDict(layers))
+            names_here = {name: prefix + name for name in backbone.state_dict()}
+            missing = [name for name in names_here.values() if name not in state]
+            if missing:
+                raise ValueError(f"it has {list(state)[:2]}, but not {missing[:2]}")
+            backbone.load_state_dict({name: state[here] for name, here in names_here.items()})
     except URLError as error:
         reason = f"cannot fetch {names[source].url} ({error.reason})"
         raise ValueError(f"{reason}; download it elsewhere and give the file's path") from None
     except Exception as error:  # a missing or foreign file, weights of another network
         reason = " ".join(str(error).split())[:160]
-        known = "".join(f", nor torchvision's {name}" for name in names)
+        known = names and f", nor torchvision's {' or '.join(names)}" or ""
         raise ValueError(f"not a file of {arch} weights{known} ({reason})") from None

@@ -130,8 +130,9 @@ def main():
     if args.views:
         return draw_views(args.views, sets["train"], args)
     rank, world, device = start(args)
-    args.images = {split: len(part) for split, part in sets.items()}  # resume() compares them
+    args.images = {split: len(part) for split, part in sets.items()}
     train_set, path = sets["train"], args.output / "checkpoint.pth"
+    args.training_images, args.classes = train_set.fingerprint(), train_set.names  # as resume()
     fit_batch(args, len(train_set))
     if args.batch_size < 2 * world:
         raise BadInput(f"--batch-size {args.batch_size}: BatchNorm needs two images a process")
@@ -425,7 +426,7 @@ def to_json(args):
 
 # Arguments that may change when a run continues: of both stages, and of eval.py alone.
 MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
-MAY_CHANGE |= {"views", "checkpoint", "plots", "export", "predict", "summary"}
+MAY_CHANGE |= {"images", "views", "checkpoint", "plots", "export", "predict", "summary"}
 
 
 def comparable(settings, ignored=MAY_CHANGE):
@@ -442,7 +443,8 @@ def refuse_differences(path, before, args):
     before, now = comparable(before), comparable(to_json(args))
     differ = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if differ:
-        differences = "; ".join(f"{n} was {before.get(n)}, now {now.get(n)}" for n in differ)
+        pairs = {name: (str(before.get(name)), str(now.get(name))) for name in differ}
+        differences = "; ".join(f"{n} was {a:.70}, now {b:.70}" for n, (a, b) in pairs.items())
         checkpoint = getattr(args, "checkpoint", None)  # of eval.py
         choose = f"--checkpoint {checkpoint} with another" if checkpoint else "another"
         raise BadInput(f"{path} belongs to another run ({differences}); choose {choose} --output")
@@ -456,6 +458,11 @@ def resume(path, stage, args, device):
         raise BadInput(f"processes find different files at {path}: all hosts must share --output")
     if saved:
         refuse_differences(path, saved["args"], args)
+    log = path.with_name("log.jsonl")
+    if stage == STAGE and not saved and log.exists():  # a run that has not saved yet
+        with contextlib.suppress(ValueError, KeyError, IndexError):
+            before = json.loads(log.read_text().splitlines()[0])["arguments"]
+            refuse_differences(log, before, args)
     return saved
 
 
@@ -535,6 +542,8 @@ STAGE2 = [
      "and the class prior, no learning rate", {FOLDER: "adjusted", SMALL: "adjusted"}),
     ("penalty", [3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1], (0, 1e6), "on the squared weights, for "
      "adjusted: the best on val, or the first. All flags below are for balanced", {CIFAR: [1e-3]}),
+    ("prior", "balanced", ("balanced", "training"),
+     "predict as if all classes were equally frequent, or as frequent as in training", {}),
     ("epochs", 40, (0, 1e6),
      "passes over the training set; 0 evaluates the classifier of --loss ce or la", {SMALL: 20}),
     ("batch_size", 2048, (1, 1e6), "images in a step of all processes", {FOLDER: 256, SMALL: 256}),

@@ -178,7 +178,7 @@ def test_errors_in_an_index_are_named(tmp_path, imagenet_tree):
         ("train", 45, "train/a.jpg one\n", "train.txt:46: 'train/a.jpg one' is not"),
         ("train", 45, "train/a.jpg -1\n", "train.txt:46: .* a label from 0 to 45"),
         ("train", 45, "train/a.jpg 46\n", "train.txt:46: .* a label from 0 to 45"),
-        ("val", 8, "\n", "val.txt:9: '' is not"),
+        ("val", 7, "\nval/a.jpg 0\n", "val.txt:8: '' is not"),  # an empty last line is none
         ("train", 45, "train/a.jpg 6\n", "train.txt: no image of class 4; .* 0 to 6 without a gap"),
         ("test", 12, "val/a.jpg 6\n", "test.txt:13: .val/a.jpg 6. is not .* a label from 0 to 3"),
         ("val", 0, "", "val.txt is empty"),
@@ -225,7 +225,7 @@ def test_images_in_test_without_class_folders_are_ignored(tmp_path, capsys):
 
 
 def test_non_images_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys):
-    hidden = {".cache": 2, "ant/.ipynb_checkpoints": 1}
+    hidden = {".cache": 1, "@eaDir": 1, "ant/.ipynb_checkpoints": 1}  # @eaDir: a NAS box's
     folders(tmp_path, train={"ant": 9, "bee": 9} | hidden, val=dict(ant=1, bee=1))
     for name in ("ant/a.gif", "ant/b.heic", "bee/._1.png", "loose.png"):
         (tmp_path / "train" / name).write_bytes(b"")
@@ -233,7 +233,96 @@ def test_non_images_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys
     assert sets["train"].names == ["ant", "bee"]
     assert sum(len(sets[split]) for split in ("train", "test")) == 18
     said = capsys.readouterr().err
-    assert said.startswith(f"{tmp_path}/train: 7 files are left out; ") and said.count("\n") == 1
+    says = f"{tmp_path}/train: 7 files are left out (5 .png, 1 .gif, 1 .heic); only .jpg "
+    assert said.startswith(says) and said.count("\n") == 2 and "\n2 classes: ant, bee\n" in said
+
+
+@pytest.mark.parametrize(
+    "shape, says",
+    [
+        (["Training/ant", "Training/bee", "Testing/ant"], "Testing, Training could be splits or"),
+        (["my_train/ant", "my_train/bee", "my_test/ant"], "my_test, my_train could be splits"),
+        (["train", "test"], "test, train could be splits or classes: name splits train, val and"),
+        (["train/ant", "train/bee", "dev/ant"], ": dev could be splits or classes"),
+        (["train/ant", "train/bee", "val/ant", "valid/ant"], ": val could be splits"),
+        (["test/ant", "ant", "bee"], ": ant, bee could be splits or classes"),
+    ],
+)
+def test_folders_that_could_be_splits_or_classes_are_refused(shape, says, tmp_path):
+    for folder in shape:
+        folders(tmp_path, **{folder: {"": 5}})
+    refused(says, "imagefolder", tmp_path)
+
+
+def test_classes_may_be_called_like_splits_and_other_folders_without_images_are_no_matter(tmp_path):
+    for name in ("train", "car", "test"):  # vehicles
+        folders(tmp_path / "a", **{name: {"": 5}})
+    assert load_dataset("imagefolder", tmp_path / "a")["train"].names == ["car", "test", "train"]
+    folders(tmp_path / "b", train=dict(ant=5, test=5), annotations={"": 0})
+    (tmp_path / "b" / "annotations" / "a.json").write_text("{}")
+    assert load_dataset("imagefolder", tmp_path / "b")["train"].names == ["ant", "test"]
+
+
+def test_deeper_class_folders_and_links_to_a_folder_above_are_said(tmp_path, capsys):
+    folders(tmp_path, train={"animal/cat": 3, "animal/dog": 4, "plant/oak": 5})
+    (tmp_path / "train" / "plant" / "up").symlink_to(tmp_path)
+    sets = load_dataset("imagefolder", tmp_path)
+    assert sets["train"].names == ["animal", "plant"] and sum(map(len, sets.values())) == 12
+    said = capsys.readouterr().err
+    assert "deeper than their class folders, as in animal/cat: 3 folders make 2 classes\n" in said
+    assert "2 classes: animal, plant\n" in said
+
+
+def test_names_of_classes_are_equal_after_unicode_normalisation(tmp_path):
+    folders(tmp_path, train={"caf\u00e9": 4, "bar": 4}, val={"cafe\u0301": 2}, test=dict(bar=1))
+    sets = load_dataset("imagefolder", tmp_path)
+    assert sets["train"].names == ["bar", "caf\u00e9"] and labels_of(sets)["val"] == [0, 2]
+
+
+def test_index_may_begin_with_a_mark_and_names_classes_by_their_folders(tmp_path, imagenet_tree):
+    for split in TREE_COUNTS:
+        content = (imagenet_tree / f"ImageNet_LT_{split}.txt").read_bytes()
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_bytes(b"\xef\xbb\xbf" + content + b"\n\n")
+    sets = load_dataset("imagenet_lt", imagenet_tree, tmp_path)
+    assert labels_of(sets) == TREE_COUNTS
+    assert sets["train"].names == [f"n0000000{label}" for label in range(4)]
+    several = data.ImageFiles(tmp_path, [b"a/x/1.jpg", b"b/y/2.jpg", b"b/x/3.jpg"], [0, 1, 1], "")
+    assert data.names_of_folders(several) is None
+
+
+def test_equal_files_in_two_splits_are_problems_of_the_check(tmp_path, monkeypatch, capsys):
+    for split in ("train", "test"):
+        for label, name in enumerate(("ant", "bee")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for n in range(4):
+                color = (50 * n, 90 * label, 9 if split == "train" else 99)
+                Image.new("RGB", (9, 8), color).save(tmp_path / split / name / f"{n}.png")
+    shutil.copy(tmp_path / "train/ant/1.png", tmp_path / "test/ant/copy.png")
+    call = monkeypatch, capsys, data, "--dataset", "imagefolder", "--data-root", tmp_path
+    code, out, _ = command(*call, "--decode")
+    assert code == 1 and "problems: 1\n" in out and "/test/ant/copy.png of test equals " in out
+    assert command(*call)[0] == 0  # contents are compared with --decode only
+
+
+def test_images_of_own_folders_are_turned_as_exif_says(tmp_path):
+    ramp = np.zeros((64, 64, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(0, 256, 4), np.arange(0, 256, 4)[:, None]
+    upright = Image.fromarray(ramp)
+    for orientation in range(1, 9):
+        turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # Pillow's inverses
+        stored = upright if turn is None else upright.transpose(Image.Transpose(turn))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / f"{orientation}.png", exif=exif)
+    names = [b"%d.png" % orientation for orientation in range(1, 9)]
+    cfg = small_cfg("imagefolder", view_size=56, crop_scale=(1.0, 1.0))
+    files = data.ImageFiles(tmp_path, names, [0] * 8, "made", upright=True)
+    for crops in (0, 1):
+        views = files.views(range(8), range(8), cfg, crops)[0].float()
+        assert all((view - views[0]).abs().mean() < 3 for view in views)
+    files.upright = False
+    assert (files.views([0, 2], None, cfg, 0)[0].float().diff(dim=0)).abs().mean() > 50
+    assert load_dataset("imagefolder", folders(tmp_path / "a", train=dict(a=3, b=3)))["val"].upright
 
 
 def test_missing_splits_are_held_out_of_train(tmp_path):
@@ -623,7 +712,7 @@ def test_check_reports_counts_and_unusable_files(tmp_path, imagenet_tree, monkey
         "val: 9 images, 4 of 4 classes, of 3 to 2 images each\n",
         "ImageNet_LT_train.txt: 45 images, not the published 115,846", "problems: 5\n",
         f"{root}/train/n00000002/train_1.JPEG cannot be read as an image (No such file",
-        "n00000003/train_0.JPEG is in train and again in val",
+        "n00000003/train_0.JPEG of val equals ",
     ):
         assert said in out
     assert code == 1 and "test_0.JPEG" not in out
@@ -633,13 +722,15 @@ def test_check_reports_counts_and_unusable_files(tmp_path, imagenet_tree, monkey
     shutil.rmtree(root / "train")
     shutil.rmtree(root / "val")
     code, out, _ = command(*call)
-    assert code == 1 and "train: 45 images" in out and "problems: 70\n" in out
+    assert code == 1 and "train: 45 images" in out and "problems: 69\n" in out
 
 
 def test_check_of_the_shipped_set_passes_from_any_directory(tmp_path):
     check = [sys.executable, data.HERE / "data.py"]
     done = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and not done.stderr and "train: 2,478 images" in done.stdout
+    assert done.returncode == 0 and done.stderr.startswith("10 classes: T-shirt, Trouser, ")
+    assert "train: 2,478 images" in done.stdout
+    assert "0 test images are also in train" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ def test_metrics_are_class_means_by_group_and_none_for_empty_groups():
     assert metrics(top, labels, counts + 100)["few"] is None
     printed = table(results, counts)
     lines = printed.splitlines()
-    assert "75.00" in lines[1] and "500 to 200 each" in lines[1] and len(lines) == 6
+    assert "75.00" in lines[1] and "500 to 200 each" in lines[1] and len(lines) == 7
+    expected = (500 * 100 + 200 * 50 + 50 * 50 + 10 * 50) / 790
+    assert lines[-1].split() == f"if classes came as in training {expected:.2f}".split()
 
 
 def test_classes_without_test_images_are_left_out_and_reported():

@@ -79,12 +79,37 @@ def test_pretrained_weights_are_loaded_into_every_expert_or_refused(tmp_path):
         for prefix in ("branches.0.", "branches.1.") if own else ("shared.",):
             assert name.startswith("fc.") or torch.equal(state[prefix + name], value)
     (tmp_path / "text.pth").write_text("no weights")
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "wide.pth")
     torch.save({"layer1.0.conv1.weight": whole["layer1.0.conv1.weight"]}, tmp_path / "part.pth")
     for file in ("resnet50.pth", "text.pth", "part.pth"):
         with pytest.raises(ValueError, match="not a file of resnet18 weights, nor .*IMAGENET1K_V1"):
             load_pretrained(encoder, "resnet18", tmp_path / file)
-    with pytest.raises(ValueError, match="Missing key|size mismatch"):
+    with pytest.raises(ValueError, match="'conv1.weight', .* but not .'layer1.0.conv3.weight'"):
         load_pretrained(Encoder("resnet50"), "resnet50", tmp_path / "resnet18.pth")
+    with pytest.raises(ValueError, match="size mismatch"):
+        load_pretrained(Encoder("resnext50_32x4d"), "resnext50_32x4d", tmp_path / "wide.pth")
+
+
+@pytest.mark.parametrize(
+    "key, prefix",
+    [
+        ("state_dict", "module.encoder_q."),  # MoCo
+        ("model", "encoder.module."),  # SupContrast
+        ("model", ""),  # torchvision's references
+        ("state_dict", "backbone."),  # lightning
+    ],
+)
+def test_weights_are_read_from_the_checkpoints_of_other_programs(key, prefix, tmp_path):
+    whole = torchvision.models.resnet18(weights=None).state_dict()
+    renamed = {prefix + name: value for name, value in whole.items() if name[:3] != "fc."}
+    others = {"module.encoder_k." + name: torch.zeros_like(v) for name, v in whole.items()}
+    others |= {"projector.0.weight": torch.zeros(2, 2)}
+    torch.save({key: others | renamed, "epoch": 3}, tmp_path / "a.pth")
+    encoder = Encoder("resnet18")
+    load_pretrained(encoder, "resnet18", tmp_path / "a.pth")
+    assert torch.equal(encoder.shared.conv1.weight, whole["conv1.weight"])
+    bn = encoder.branches[0].layer4[1].bn2
+    assert torch.equal(bn.running_var, whole["layer4.1.bn2.running_var"])
 
 
 def test_embeddings_of_every_expert_are_float32_unit_vectors():

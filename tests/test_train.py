@@ -171,7 +171,8 @@ def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
         with pytest.raises(BadInput, match="--epochs 0: .* has no classifier"):
             call(stage2, *alone, "--epochs", 0)
         return
-    assert "classifier of stage 1" in call(stage2, *alone, "--epochs", 0).err
+    own = ["--epochs", 0, "--prior", "training" if loss == "ce" else "balanced"]
+    assert "classifier of stage 1" in call(stage2, *alone, *own).err
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     test = load_dataset("fashion_mnist_lt", small_root)["test"]
     encoder = Encoder("resnet_tiny", classes=10).eval()
@@ -302,12 +303,12 @@ def test_results_name_their_split_and_plots_and_weights_are_written(
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["reported_on"], results["chosen_on"]) == (reported, chosen)
     assert (results["val"] is None) == (chosen is None) and results["epoch"] == 1
-    names = None if dataset == "inaturalist18" else [f"class {label}" for label in range(4)]
-    assert results["classes"] == names
+    names = ["n0000000%d", "class %d"][dataset == "imagefolder"]
+    assert results["classes"] == [names % label for label in range(4)]
     assert f"on {reported}; classifier balanced, epoch 1" in said
-    test = imagenet_tree / "val" / "n00000002"  # runs on index files have no class names
+    test = imagenet_tree / "val" / "n00000002"
     lines = call(stage2, *output[:2], "--workers", 0, "--predict", test).out.splitlines()
-    assert len(lines) == 3 and json.loads(lines[0])["class"] in [f"class {c}" for c in range(4)]
+    assert len(lines) == 3 and json.loads(lines[0])["class"] in results["classes"]
 
 
 @pytest.mark.parametrize("loss", ["dscl", "la"])
@@ -359,6 +360,9 @@ def test_predictions_match_the_accuracy_of_stage_2(loss, imagenet_tree, tmp_path
     assert out.splitlines() == printed.splitlines()[:6] and said.count("\n") == 2
     assert f"{tmp_path}/broken.jpg cannot be read as an image" in said
     assert f"{tmp_path}/gone.jpg cannot be read as an image (No such file" in said
+    (files / "class 0" / "a.heic").write_bytes(b"")
+    said = call(stage2, "--output", run, "--workers", 0, "--predict", files / "class 0").err
+    assert "class 0: 1 files are left out (1 .heic); only .jpg" in said
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as end:
         call(stage2, "--output", run, "--workers", 0, "--predict", tmp_path / "empty")
@@ -484,10 +488,74 @@ def test_different_settings_in_the_same_output_are_refused_and_listed(
     with np.load(small_root / "fashion_mnist_lt.npz") as arrays:
         small = {name: array[1:] for name, array in arrays.items()}
     np.savez(fewer / "fashion_mnist_lt.npz", **small)
-    with pytest.raises(BadInput, match="images train was 620, now 619"):
+    with pytest.raises(BadInput, match="training_images was 620 images, hash .*, now 619 images"):
         call(train, *TINY, "--data-root", fewer, "--output", output)
-    with pytest.raises(BadInput, match="checkpoint.pth was trained with .*620.* these are .*619"):
+    with pytest.raises(BadInput, match="checkpoint.pth was trained on 620 .* these are 619"):
         call(stage2, "--data-root", fewer, "--output", output)
+
+
+def test_second_run_in_one_output_is_refused_before_the_first_has_saved(small_root, tmp_path, call):
+    options = [*TINY[:-2], "--data-root", small_root, "--output", tmp_path]
+    call(train, *options)
+    (tmp_path / "checkpoint.pth").unlink()
+    with pytest.raises(BadInput, match="log.jsonl belongs to another run .alpha was 0.1, now 0.2"):
+        call(train, *options, "--alpha", "0.2")
+    call(train, *options)
+    assert checkpoint(tmp_path)["step"] == 18
+
+
+def test_stage_2_compares_classes_and_training_images_but_not_val_and_test(tmp_path, call):
+    of_test = dict(ant=3, bee=2)
+    root = folders(tmp_path / "a", train=dict(ant=9, bee=9), val=dict(ant=3), test=of_test)
+    options = ["--dataset", "small_imagefolder", "--data-root", root, "--workers", 0]
+    options += ["--output", tmp_path / "run", "--epochs", 1, "--batch-size", 8, "--warmup", 0]
+    call(train, *options)
+    stage2s = ["--output", tmp_path / "run", "--workers", 0, "--penalty", 0.1]
+    (root / "test" / "ant" / "0.png").unlink()
+    shutil.copy(root / "val" / "ant" / "0.png", root / "val" / "ant" / "new.png")
+    assert "4 images" not in call(stage2, *stage2s).out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["reported_counts"] == [2, 2]
+    (root / "train" / "bee").rename(root / "train" / "angelshark")
+    (root / "test" / "bee").rename(root / "test" / "angelshark")
+    with pytest.raises(BadInput, match="classes are not those of training .ant and angelshark."):
+        call(stage2, *stage2s)
+    with pytest.raises(BadInput, match="classes was .'ant', 'bee'., now .'angelshark', 'ant'."):
+        call(train, *options)
+    (root / "train" / "angelshark").rename(root / "train" / "bee")
+    (root / "test" / "angelshark").rename(root / "test" / "bee")
+    (root / "train" / "bee" / "8.png").rename(root / "train" / "bee" / "9.png")
+    with pytest.raises(BadInput, match="trained on 18 images, hash .* these are 18 images, hash"):
+        call(stage2, *stage2s)
+
+
+@pytest.mark.parametrize("loss", ["dscl", "ce", "la"])
+def test_prior_of_training_multiplies_the_probabilities_by_the_frequencies(
+    loss, small_root, tmp_path, call
+):
+    options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1, *TINY[2:]]
+    call(train, *options, "--loss", loss, "--experts", 2)
+    models, tables = [], []
+    for prior in ("balanced", "training"):
+        own = ["--penalty", 0.1] if loss == "dscl" else ["--epochs", 0]
+        given = ["--checkpoint", tmp_path / "checkpoint.pth", "--output", tmp_path / prior]
+        tables.append(call(stage2, *given, *own, "--prior", prior).out)
+        assert json.loads((tmp_path / prior / "results.json").read_text())["prior"] == prior
+        state = torch.load(tmp_path / prior / "model.pth", weights_only=True)["model"]
+        encoder = Encoder("resnet_tiny", experts=2, classes=10)
+        encoder.load_state_dict(state)
+        models.append(encoder.heads)
+    frequencies = load_dataset("fashion_mnist_lt", small_root)["train"].labels.bincount().double()
+    features = torch.randn(2, 5, 96)
+    balanced, training = (heads(features).mean(0).double().softmax(1) for heads in models)
+    expected = balanced * frequencies
+    expected /= expected.sum(1, keepdim=True)
+    torch.testing.assert_close(training, expected, rtol=1e-5, atol=0)
+    weighted = [float(table.partition("as in training")[2].split()[0]) for table in tables]
+    assert weighted[1] > weighted[0]
+    if loss != "dscl":  # cross-entropy answers for the training frequencies, la for equal ones
+        first = checkpoint(tmp_path)["encoder"]["heads.0.bias"]
+        assert torch.equal(models[loss == "ce"][0].bias, first)
 
 
 def test_diverging_run_stops_and_keeps_its_last_good_checkpoint(
