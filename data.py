@@ -4,8 +4,7 @@
     python data.py --dataset imagenet_lt --decode      # and that every image can be decoded
     python data.py --dataset cifar100_lt --download    # download and check CIFAR
 
-The check counts the images and classes of every split and names missing, broken and repeated files;
-the exit code is 1 if there are any.
+The check counts images and classes and names missing, broken and repeated files; exit code 1.
 """
 
 import argparse
@@ -100,8 +99,8 @@ def constant(values, device):
 class Draws:
     """Random numbers for the views of images, the same with any number of processes.
 
-    They are drawn for all `batch_size` images of the global batch, and this process uses those of
-    its `rows`. Copy j of image i is row j * (number of images) + i.
+    They are drawn for the whole global batch, and this process uses those of its `rows`. Copy j of
+    image i is row j * (number of images) + i.
     """
 
     def __init__(self, seed, batch_size, rows, device):
@@ -118,9 +117,9 @@ class Draws:
 def random_boxes(draws, size, scale, copies=1, tries=10):
     """Boxes of random resized crops in a square of `size` pixels: [N, 4] as x1, y1, x2, y2.
 
-    Like torchvision's RandomResizedCrop, but not rounded to pixels. The area is uniform in the
-    range `scale`, as a fraction of the square, and the log aspect ratio is uniform. The first of
-    `tries` boxes that fits into the square is used, else the whole square; the position is uniform.
+    Like torchvision's RandomResizedCrop, but not rounded to pixels: area (a fraction in the range
+    `scale`), log aspect ratio and position are uniform. The first of `tries` boxes that fits into
+    the square is used, else the whole square.
     """
     area = size**2 * draws.uniform(*scale, tries, copies=copies)  # [N, tries]
     aspect = draws.uniform(*np.log(RATIO), tries, copies=copies).exp()
@@ -133,10 +132,9 @@ def random_boxes(draws, size, scale, copies=1, tries=10):
 
 
 def crop(images, boxes, size):
-    """Crop images [B, C, H, W] to boxes [n B, 4] and resize: [n B, C, size, size].
+    """Crop images [B, C, H, W] to boxes [n B, 4] in pixels and resize: [n B, C, size, size].
 
-    Box i, in pixels, belongs to image i mod B. RoIAlign crops and resizes all boxes in one call:
-    it interpolates bilinearly, and averages where it shrinks.
+    Box i is of image i mod B. RoIAlign interpolates bilinearly, and averages where it shrinks.
     """
     rows = torch.arange(len(images), device=boxes.device, dtype=boxes.dtype)
     rows = rows.repeat(len(boxes) // len(images))
@@ -159,10 +157,9 @@ HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
 def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0, copies=1):
     """Colour jitter and random grey of each image as one affine map of its pixels: [B, 3, 4].
 
-    channel_means [B, 3] are of pixels in [0, 1]. `jitter` holds brightness, contrast, saturation
-    and hue as in torchvision's ColorJitter, and is applied with probability jitter_p. Two things
-    differ: hue is a rotation in YIQ instead of a shift in HSV, and values are clamped once at the
-    end instead of after each change, so that the order of the changes does not matter.
+    channel_means [B, 3] are of pixels in [0, 1]. `jitter`: brightness, contrast, saturation and hue
+    as in torchvision's ColorJitter, with probability jitter_p. But hue is a rotation in YIQ, not a
+    shift in HSV, and values are clamped once at the end, so that the order does not matter.
     """
     device = channel_means.device
     luma, hues = constant(LUMA, device), constant(HUE, device).view(3, 3, 3)
@@ -271,10 +268,7 @@ def long_tailed_counts(largest, classes, factor):
 
 
 def shuffled_by_class(labels, classes):
-    """The indices of each class, shuffled; the first n_c of them are its long-tailed subset.
-
-    One class after the other, by numpy's legacy generator with seed 0, as most CIFAR-LT papers do.
-    """
+    """Each class's indices, shuffled by numpy's legacy generator with seed 0, as papers do."""
     random, labels = np.random.RandomState(0), np.asarray(labels)
     return [random.permutation(np.flatnonzero(labels == label)) for label in range(classes)]
 
@@ -308,13 +302,11 @@ class ImageArrays:
 
 
 class ImageFiles(ImageArrays):
-    """Images on disk: their paths below root, labels int64 [N], and class names or None.
-
-    With `upright` they are turned as their EXIF orientation says. The benchmarks' papers do not.
-    """
+    """Images on disk: their paths below root, labels int64 [N], and class names or None."""
 
     def __init__(self, root, paths, labels, origin, names=None, upright=False):
-        self.root, self.origin, self.names, self.upright = root, origin, names, upright
+        self.root, self.origin, self.names = root, origin, names
+        self.upright = upright  # turn images as EXIF says, which papers of the benchmarks do not
         self.images = self.paths = np.asarray(paths)  # one array of bytes, which workers share
         self.labels = torch.as_tensor(labels, dtype=torch.long)
 
@@ -362,8 +354,7 @@ def decode(image, max_downscale=1.0):
     JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but never at less than 1 / max_downscale, so
     that the resize that follows still shrinks it.
     """
-    # 16-bit grey has mode "I;16", or "I" as read by some versions of Pillow from formats whose
-    # pixels never have more than 16 bits.
+    # 16-bit grey has mode "I;16" or, in some versions of Pillow, "I".
     if image.mode[:4] == "I;16" or image.mode == "I" and image.format in ("PNG", "PPM"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     elif image.mode[0] in "IF":
@@ -425,8 +416,7 @@ def load_dataset(name, root=None, index_dir=None, imbalance=None, download=False
     """
     entry, root = DATASETS[name], Path(root or default_root(name))
     if entry["source"] != "cifar" and (imbalance or download):
-        flag = "--download" if download else "--imbalance"
-        raise BadInput(f"{flag}: only cifar10_lt and cifar100_lt take it, not {name}")
+        raise BadInput(f"--imbalance and --download are for cifar10_lt and cifar100_lt, not {name}")
     if entry["source"] != "cifar" and not root.is_dir():
         raise BadInput(f"{root} is not a directory: put or link the images of {name} there, or "
                        "give their directory as --data-root; data.py --help describes its contents")
@@ -520,8 +510,7 @@ def read_index(index, split, root, directory, classes=None):
     if not paths:
         raise BadInput(f"{path} is empty")
 
-    # ImageNet's val archive has no class folders: "val/n01440764/x" of the index is "val/x" there.
-    # The first ten images show which layout the split has.
+    # In ImageNet's val archive "val/n01440764/x" of the index is "val/x": look at the first ten.
     flat = [name.partition(b"/")[0] + b"/" + name.rpartition(b"/")[2] for name in paths]
     there = [any((root / os.fsdecode(n)).is_file() for n in names[:10]) for names in (paths, flat)]
     return ImageFiles(root, flat if there == [False, True] else paths, labels, path)
@@ -583,11 +572,8 @@ def find_splits(root):
 
     A split holds class folders, a class holds images. BadInput if a folder could be either.
     """
-    folders = {  # and whether it holds folders
-        path: any(part.is_dir() for part in path.glob("[!.@]*"))
-        for path in sorted(root.glob("[!.@]*"))
-        if path.is_dir()
-    }
+    folders = [path for path in sorted(root.glob("[!.@]*")) if path.is_dir()]
+    folders = {path: any(part.is_dir() for part in path.glob("[!.@]*")) for path in folders}
     splits = {SPLIT_OF[p.name.lower()]: p for p in folders if p.name.lower() in SPLIT_OF}
     if any(folders[path] for path in splits.values()):
         others = [path for path in folders if path not in splits.values()]
@@ -622,18 +608,18 @@ def read_folders(root):
         raise BadInput(f"{places['train']}: no class has the three images needed to hold one out "
                        f"for testing; put images of some classes into {root}/test/<class>/")
     sets = {}
-    for split in (split for split in samples if samples[split]):
-        paths, names = zip(*samples[split])
-        sets[split] = ImageFiles(root, paths, [label_of[name] for name in names],
-                                 f"{root}/{split}", list(label_of), upright=True)
+    for split in filter(samples.get, samples):
+        paths, labels = zip(*((path, label_of[name]) for path, name in samples[split]))
+        origin = f"{root}/{split}"
+        sets[split] = ImageFiles(root, paths, labels, origin, list(label_of), upright=True)
     return sets
 
 
 def hold_out(paths, labels, missing):
     """The split of each training image: "train", or one of the `missing` splits.
 
-    In the order of the hash of their paths, the first fifth of the images of a class is test, the
-    next tenth val, at least one each; a class of one or two images stays whole.
+    By the hash of the path a fifth of each class is test and a tenth val, at least one each, but
+    none of a class of one or two images.
     """
     splits, rows_of = ["train"] * len(paths), {}
     for row in sorted(range(len(paths)), key=lambda row: sha256(paths[row]).digest()):
@@ -658,9 +644,8 @@ class Batches:
     """The batches of a whole run: (indices, seeds of their random crops) for each step.
 
     Each epoch shuffles all images and drops the last incomplete batch. With `balanced`, sampling is
-    class-balanced instead: a class is drawn uniformly, then an image of this class. A batch depends
-    only on (seed, step), so that a run can continue at any step. Every rank gets its rows of the
-    global batch.
+    class-balanced: a class is drawn uniformly, then an image of it. A batch depends only on (seed,
+    step), so that a run can continue at any step. Every rank gets its rows of the global batch.
     """
 
     def __init__(self, labels, batch_size, epochs, seed, balanced=False, start=0, rank=0, world=1):
@@ -779,8 +764,8 @@ AGAIN = "the same command continues from the last checkpoint, or starts over if 
 def run(main, explain=lambda error: (1, None)):
     """Call main(); print errors that are not bugs in the code as one line.
 
-    The exit code is 2 if the user can fix the error, and 130 after Ctrl-C. `explain` returns exit
-    code and message for a RuntimeError, or no message if it is a bug.
+    The exit code is 2 if the user can fix the error, and 130 after Ctrl-C. `explain` returns it and
+    a message for a RuntimeError, or no message if it is a bug.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
@@ -816,10 +801,10 @@ def check_counts(sets, published):
     """Print the counts of every split; returns messages on those that are not the published."""
     classes, problems = len(sets["train"].labels.bincount()), []
     for split, dataset in sets.items():
-        counts = dataset.labels.bincount(minlength=classes)
-        here, count = counts[counts > 0], f"{len(dataset):,} images"
-        span = f"{here.max():,} to {here.min():,} images"
-        line = f"{split}: {count}, {len(here):,} of {classes:,} classes, of {span} each"
+        counts, count = dataset.labels.bincount(minlength=classes), f"{len(dataset):,} images"
+        here = counts[counts > 0]
+        line = (f"{split}: {count}, {len(here):,} of {classes:,} classes, of {here.max():,} to "
+                f"{here.min():,} images each")
         if split == "train":
             groups = [f"{mask.sum()} {name}-" for name, mask in shot_groups(counts).items()]
             line += f": {', '.join(groups)}shot"
@@ -861,9 +846,8 @@ CONTENTS = f"""
 contents of --data-root, by default datasets/NAME, and of --index-dir:
 
   imagenet_lt    ILSVRC 2012: train/n01440764/*.JPEG, and val/*.JPEG or val/n01440764/*.JPEG, as in
-                 ILSVRC/Data/CLS-LOC of Kaggle's archive. (The official archive of train is a tar of
-                 1,000 tars, one for each class folder.) Test images are ILSVRC's val/, val images
-                 are from its train/.
+                 ILSVRC/Data/CLS-LOC of Kaggle's archive. (The official train is a tar of tars, one
+                 a class folder.) Test images are ILSVRC's val/, val images are from its train/.
   places_lt      places365standard_easyformat.tar, the "small images (256 x 256) with easy directory
                  structure" of Places365: train/airfield/*.jpg, val/airfield/*.jpg or val/*.jpg.
   inaturalist18  train_val2018.tar.gz: train_val2018/Aves/*/*.jpg. No test split: val is reported.

@@ -748,7 +748,7 @@ def test_bad_input_prints_one_line_and_exits_with_2(monkeypatch, capsys):
     for arguments, says in (
         ("--dataset imagnet_lt", "--dataset: invalid choice: 'imagnet_lt'"),
         ("--downloa", "unrecognized arguments: --downloa"),  # no abbreviations
-        ("--download", "--download: only cifar10_lt and cifar100_lt take it, not fashion_mnist_lt"),
+        ("--download", "--download are for cifar10_lt and cifar100_lt, not fashion_mnist_lt"),
         ("--dataset cifar10_lt --imbalance 0.5", "--imbalance: must be from 1 to 10000, got 0.5"),
     ):
         code, out, said = command(monkeypatch, capsys, data, *arguments.split())

@@ -925,7 +925,7 @@ def fails(capsys, monkeypatch, stage, *arguments):
         (["--data-root", "nowhere"], "nowhere is not a directory: put or link the images of"),
         (["--views", "nowhere/views.png"], "nowhere/views.png: No such file or directory"),
         (["--bogus"], "unrecognized arguments: --bogus"),
-        (["--imbalance", "10"], "--imbalance: only cifar10_lt and cifar100_lt take it"),
+        (["--imbalance", "10"], "--imbalance and --download are for cifar10_lt"),
         (["--pretrained", "none.pth", "--arch", "resnet18", *LARGE], "a file of resnet18 weights"),
         (["--arch", "resnet18"], "--view-size 20: resnet18 needs at least 33 pixels"),
         (["--batch-size", "1"], "--batch-size 1: BatchNorm needs two images a process"),
