@@ -126,10 +126,10 @@ def learning_rate(step, per_epoch, args):
 
 def main():
     args = parse_args()
+    rank, world, device = start(args)
     sets = data.load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     if args.views:
         return draw_views(args.views, sets["train"], args)
-    rank, world, device = start(args)
     args.images = {split: len(part) for split, part in sets.items()}
     train_set, path = sets["train"], args.output / "checkpoint.pth"
     args.training_images, args.classes = train_set.fingerprint(), train_set.names  # as resume()
