@@ -3,9 +3,9 @@
     python tests/gpu.py            # about a minute; exit code 1 if a check fails
 
 Losses, a training step, the distributed path, host synchronisations, a killed run and a full GPU
-are checked on the GPU against the CPU, or against an undisturbed run. One GPU is enough: NCCL runs
-with one process, and two processes share the GPU through gloo. Without a GPU only the checks
-that a CPU can run are made.
+are checked on the GPU against the CPU, or against an undisturbed run. With two GPUs, two processes
+train through NCCL. With one, NCCL runs with one process, and two processes share the GPU through
+gloo. Without a GPU only the checks that a CPU can run are made.
 """
 
 import contextlib
@@ -36,18 +36,20 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 LAUNCH = ["-m", "torch.distributed.run", "--standalone"]
 # Runs train.py so that one and two processes must agree: BatchNorm stays in eval mode, since in
-# train mode it normalises by the images of a process. Two processes share a GPU through gloo.
+# train mode it normalises by the images of a process.
 ONE_BATCH = """
-import os, sys, torch, torch.distributed as dist
-sys.path.insert(0, ".")
-import train
+import torch, train
 torch.nn.BatchNorm2d.train = lambda norm, mode=True: torch.nn.Module.train(norm, False)
 encoder = train.Encoder
 train.Encoder = lambda *arguments: encoder(*arguments).train()
+train.run(train.main)
+"""
+# Added in front unless there are two GPUs: both processes use the first one. NCCL would refuse.
+THROUGH_GLOO = """
+import os, torch.distributed as dist
 os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
 join = dist.init_process_group
 dist.init_process_group = lambda backend: join("gloo")
-train.run(train.main)
 """
 failed = []
 
@@ -181,16 +183,20 @@ def check_synchronisations(directory):
 def check_distributed(directory):
     """Runs of an epoch by one process and several: their logs must agree."""
     options = ["--epochs", 1, "--amp", "off", "--output"]
-    many = [*LAUNCH, "--nproc_per_node=2", "--no-python", sys.executable, "-c", ONE_BATCH]
+    two_gpus = torch.cuda.device_count() >= 2
+    how = "GPUs through NCCL" if two_gpus else "processes through gloo" + " on one GPU" * GPU
+    two = [*LAUNCH, "--nproc_per_node=2", "--no-python", sys.executable, "-c"]
     commands = dict(
-        one=["train.py"], alone=[*LAUNCH, "--nproc_per_node=1", "train.py"],
-        whole=["-c", ONE_BATCH], shared=many,
+        one=["train.py"],
+        alone=[*LAUNCH, "--nproc_per_node=1", "train.py"],
+        whole=["-c", ONE_BATCH],
+        shared=two + [ONE_BATCH if two_gpus else THROUGH_GLOO + ONE_BATCH],
     )
     runs = {name: begin(*of, *options, directory / name) for name, of in commands.items()}
     said = {name: run.communicate()[0] for name, run in runs.items()}
     for name, reference, text in (
         ("alone", "one", f"{'NCCL' if GPU else 'gloo'} with one process, DDP and shuffle BN"),
-        ("shared", "whole", "two processes through gloo" + " on one GPU" * GPU),
+        ("shared", "whole", f"two {how}"),
     ):
         if any(runs[run].returncode for run in (name, reference)):
             verdict("distributed", False, f"{text}: {said[name][-300:]} {said[reference][-300:]}")
