@@ -142,8 +142,11 @@ def check_step(_):
 
     cpu = torch.device("cpu")
     inputs = benchmark.Ours(benchmark.train_args("imagenet_lt", **made), cpu).inputs()
+    # oneDNN's gradient of conv1 is 1e-3 away from float64, torch's own convolution 2e-6.
+    torch.backends.mkldnn.enabled = False
     loss, gradient = gradients(cpu, "off")
-    limits = ("float32", "off", 1e-4, 1e-3), ("bfloat16", "bf16", 0.02, 0.2)
+    torch.backends.mkldnn.enabled = True
+    limits = [("float32", "off", 1e-4, 1e-3)] * GPU + [("bfloat16", "bf16", 0.02, 0.2)]
     for name, amp, of_loss, of_gradient in limits:
         value, other = gradients(DEVICE, amp)
         error, length = abs(value / loss - 1), ((other - gradient).norm() / gradient.norm()).item()
