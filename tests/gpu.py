@@ -5,7 +5,8 @@
 Losses, a training step, the distributed path, host synchronisations, a killed run and a full GPU
 are checked on the GPU against the CPU, or against an undisturbed run. With two GPUs, two processes
 train through NCCL. With one, NCCL runs with one process, and two processes share the GPU through
-gloo. Without a GPU only the checks that a CPU can run are made.
+gloo. Without a GPU only the checks that a CPU can run are made, and the memory that a step of
+ImageNet-LT saves for its backward pass is counted.
 """
 
 import contextlib
@@ -28,10 +29,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+except ImportError:  # it is not part of torch's public interface
+    FakeTensorMode = None
+
 import benchmark
 import data
 import train
-from models import Queue
+from losses import BLOCK
+from models import Encoder, Queue
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -151,6 +158,50 @@ def check_step(_):
         error, length = abs(value / loss - 1), ((other - gradient).norm() / gradient.norm()).item()
         text = f"differs from the CPU in float32: loss {error:.0e}, gradient {length:.0e}"
         verdict(f"step in {name}", error < of_loss and length < of_gradient, text)
+
+
+def saved_gibibytes(size):
+    """What a step of ImageNet-LT with `size` images keeps for its backward pass, in bfloat16.
+
+    Each storage that autograd saves is counted once, without the parameters and the queue.
+    """
+    args, saved = benchmark.train_args("imagenet_lt", batch_size=size, amp="bf16"), {}
+    encoder, key_encoder = Encoder(args.arch), Encoder(args.arch).requires_grad_(False)
+    queue = Queue(args.queue_size)
+    queue.written = args.queue_size  # it is full
+    images = torch.empty(2, size, 3, args.view_size, args.view_size, dtype=torch.uint8)
+    labels = torch.zeros(size, dtype=torch.long)
+    batch = train.ShuffledBatch(args, 0, slice(0, size), images.device)
+
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        train.dscl_pbsd_step(encoder, key_encoder, queue, images, labels, batch, args)
+    for tensor in (*encoder.parameters(), *queue.buffers()):
+        saved.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in saved.values()) / 2**30
+
+
+def check_saved_memory(_):
+    """The memory that a step saves, counted on tensors that have shapes but no data."""
+    if not FakeTensorMode:
+        return print("skip  saved memory: this torch has no FakeTensorMode")
+    no_generator = mock.Mock()  # fake tensors cannot draw from a real one
+    no_generator.return_value.manual_seed.return_value = None
+    for size in benchmark.SIZES["cuda"]["imagenet_lt"]:
+        data.constant.cache_clear()  # it would mix fake and real tensors
+        with (
+            FakeTensorMode(),
+            mock.patch.object(torch, "Generator", no_generator),
+            mock.patch.dict(BLOCK, clear=True),  # the blocks of a GPU
+        ):
+            saved = saved_gibibytes(size)
+        text = f"{saved:.1f} GiB for backward with {size} images a GPU, ImageNet-LT in bfloat16"
+        verdict("saved memory", saved < size / 16, text)  # 64 MiB an image
+    data.constant.cache_clear()
 
 
 def waits_of(directory, *options):
@@ -276,8 +327,9 @@ def main():
     name = torch.cuda.get_device_name() if GPU else "no GPU: what a CPU can check"
     print(f"{name}, torch {torch.__version__}")
     checks = [check_losses, check_queue, check_gather, check_step]
-    checks += [check_synchronisations] * GPU + [check_distributed, check_resume]
-    for check in checks + [check_out_of_memory] * GPU:
+    checks += [check_synchronisations if GPU else check_saved_memory]
+    checks += [check_distributed, check_resume] + [check_out_of_memory] * GPU
+    for check in checks:
         with tempfile.TemporaryDirectory() as directory:
             try:
                 check(Path(directory))
