@@ -1,4 +1,4 @@
-"""Views and patches, data sets, long-tailed subsets, and batches. `cfg` is train.py's arguments.
+"""Check a data set; and views and patches, data sets and batches (cfg: train.py's arguments).
 
     python data.py --dataset imagenet_lt               # check a data set: counts, missing files
     python data.py --dataset imagenet_lt --decode      # and that every image can be decoded
@@ -307,7 +307,7 @@ class ImageFiles(ImageArrays):
     def __init__(self, root, paths, labels, origin, names=None, upright=False):
         self.root, self.origin, self.names = root, origin, names
         self.upright = upright  # turn images as EXIF says, which papers of the benchmarks do not
-        self.images = self.paths = np.asarray(paths)  # one array of bytes, which workers share
+        self.images = self.paths = np.asarray(paths)  # an array of bytes, which workers share
         self.labels = torch.as_tensor(labels, dtype=torch.long)
 
     def path(self, index):
@@ -343,8 +343,8 @@ def open_image(path):
             yield image
     except Exception as error:  # Pillow raises many kinds of errors on broken files
         reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path} cannot be read as an image ({reason}): fix or replace the file or, "
-                       "if all are missing, --data-root; then run the same command again") from None
+        raise BadInput(f"{path} cannot be read as an image ({reason}): fix or replace the file, "
+                       "then run the same command again") from None
 
 
 def decode(image, max_downscale=1.0):
@@ -372,7 +372,7 @@ def decode(image, max_downscale=1.0):
 
 def turned(view, orientation):
     """A view [3, H, W] as the EXIF orientation, 1 to 8, says that it is to be shown."""
-    view = view.transpose(1, 2) if orientation >= 5 else view
+    view = view.transpose(1, 2) if orientation in (5, 6, 7, 8) else view
     flips = [1] * (orientation in (3, 4, 7, 8)) + [2] * (orientation in (2, 3, 6, 7))
     return view.flip(flips) if flips else view
 
@@ -437,7 +437,7 @@ def load_dataset(name, root=None, index_dir=None, imbalance=None, download=False
         empty, last = int(counts.argmin()), len(counts) - 1
         raise BadInput(f"{origin}: no image of class {empty}; labels are 0 to {last} without a gap")
     if len(counts) < 2:
-        raise BadInput(f"{origin}: only one class; at least two are needed")
+        raise BadInput(f"{root}: only one class; at least two are needed")
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
     if RANK == 0:
         shown = names if len(names) <= 10 else [*names[:3], "...", *names[-3:]]
@@ -472,8 +472,8 @@ def read_cifar(files, root, imbalance, download):
     try:
         train, test = (files(root, train=train, download=download) for train in (True, False))
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{root} has no complete {files.base_folder} ({reason}): data.py with "
+        reason = f" ({str(error).splitlines()[0]})" if download else ""
+        raise BadInput(f"{root} has no complete {files.base_folder}{reason}: data.py with "
                        f"--download fetches it from {files.url}") from None
     counts = long_tailed_counts(len(train) // len(train.classes), len(train.classes), 1 / imbalance)
     order, sets = shuffled_by_class(train.targets, len(train.classes)), {}
@@ -528,14 +528,14 @@ def find_images(folder):
     """
     images, others, seen = [], [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        hidden = re.search(r"(^|/)(@|\.[^/])", os.path.relpath(place, folder))
         real = os.path.realpath(place)
         if real in seen:  # a link, which may lead to a folder above
             folders.clear()
         for name in names:
-            image = name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."
-            read = image and not hidden and real not in seen
-            (images if read else others).append(os.path.join(place, name))
+            path = os.path.join(place, name)
+            hidden = re.search(r"/(\.|@[^/]*/)", path[len(str(folder)) :])
+            read = name.lower().endswith(IMG_EXTENSIONS) and not hidden and real not in seen
+            (images if read else others).append(path)
         seen.add(real)
     return sorted(images), others
 
@@ -600,7 +600,8 @@ def read_folders(root):
     label_of = {name: label for label, name in enumerate(sorted({name for _, name in train}))}
     for split, part in samples.items():
         for name in sorted({name for _, name in part} - label_of.keys()):
-            raise BadInput(f"{places[split] / name} has images, but train has no class {name}")
+            raise BadInput(f"{places[split] / name} has images, but train has no class {name}: "
+                           "add training images, or move them away")
     splits = hold_out(*zip(*train), missing)
     for split in ("train", *missing):
         samples[split] = [sample for sample, of in zip(train, splits) if of == split]
@@ -776,9 +777,11 @@ def run(main, explain=lambda error: (1, None)):
     except BadInput as error:
         # The error of a worker process arrives as its traceback, which ends with the message.
         code, message = 2, str(error).rpartition("BadInput: ")[2].strip()
+    except BrokenPipeError:  # the reader of the output has gone, such as head
+        os._exit(141)
     except OSError as error:
         reason = error.strerror or str(error).strip().rpartition("\n")[2]
-        code, message = 2, f"{error.filename or 'system'}: {reason}"
+        code, message = 2, f"{error.filename or 'system'}: {reason}; give another path"
     except KeyboardInterrupt:
         code, message = 130, f"interrupted; {AGAIN}"
     except RuntimeError as error:
@@ -881,7 +884,8 @@ def main():
         print(f"{len(train & test)} test images are also in train, as the benchmark has them")
     else:
         problems += check_files(sets, args.decode, args.workers)
-    print(f"\nproblems: {len(problems)}", *problems[:20], sep="\n  ")
+    first = ", the first 20" if len(problems) > 20 else ""
+    print(f"\nproblems: {len(problems)}{first}", *problems[:20], sep="\n  ")
     sys.exit(1 if problems else 0)
 
 

@@ -56,10 +56,9 @@ def main():
     counts = sets["train"].labels.bincount()
     names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
     if sets["train"].names != stage1.classes:
-        renamed = [pair for pair in zip(stage1.classes or [], names) if pair[0] != pair[1]]
-        renamed = " and ".join(renamed[0]) if renamed else "their number"
-        raise BadInput(f"{args.checkpoint}: the classes are not those of training ({renamed}): "
-                       "rename their folders back, or train again")
+        differ = [f"{a} and {b}" for a, b in zip(stage1.classes or [], names) if a != b]
+        raise BadInput(f"{args.checkpoint}: the classes are not those of training "
+                       f"({', '.join(differ[:3])}): rename their folders back, or train again")
     if sets["train"].fingerprint() != stage1.training_images:
         raise BadInput(f"{args.checkpoint} was trained on {stage1.training_images}, these are "
                        f"{sets['train'].fingerprint()}: some test images could have been used for "
@@ -100,9 +99,8 @@ def main():
     results, *experts = (metrics(of_expert, labels, counts) for of_expert in top)
     results |= dict(
         reported_on=reported, chosen_on="val" if val_set else None, val=chosen["accuracy"],
-        prior=args.prior,
         classifier=args.classifier, epoch=chosen.get("epoch"), penalty=chosen.get("penalty"),
-        classes=sets["train"].names, counts=counts.tolist(),
+        classes=sets["train"].names, counts=counts.tolist(), prior=args.prior,
         reported_counts=labels.bincount(minlength=len(counts)).tolist(),
         experts=experts if len(experts) > 1 else None, arguments=to_json(args),
     )
@@ -112,7 +110,8 @@ def main():
     print(table(results, counts))
     if len(experts) > 1:
         print("each expert alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
-    print(*worst_confusions(top[0, :, 0], labels, names), sep="\n")
+    for line in worst_confusions(top[0, :, 0], labels, names):
+        print(line)
     what = "classifier of stage 1" if of_stage1 else f"classifier {args.classifier}"
     for name in ("epoch", "penalty"):  # what was chosen
         what += f", {name} {chosen[name]}" if name in chosen else ""
@@ -401,7 +400,7 @@ def predict(args, saved):
         found, others = data.find_images(path) if path.is_dir() else ([path], [])
         data.say_left_out(path, others, " ".join(data.IMG_EXTENSIONS))
         if not found and rank == 0:
-            print(f"eval.py: {path} holds no images", file=sys.stderr)
+            print(f"eval.py: error: {path} holds no images", file=sys.stderr)
         unreadable += not found
         paths += found
     paths = list(map(os.fsencode, paths))
@@ -410,7 +409,7 @@ def predict(args, saved):
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names may be any bytes
     for images, indices, problems in loader:
         for problem in problems:
-            print(f"eval.py: {problem}", file=sys.stderr)
+            print(f"eval.py: error: {problem}", file=sys.stderr)
         unreadable += len(problems)
         if not indices:
             continue
@@ -537,7 +536,7 @@ def draw_activation(directory, encoder, dataset, counts, stage1, names, device, 
     shown = F.interpolate(images[0].expand(-1, 3, -1, -1) / 255, (side, side))
     colors = torch.cat([maps, 0 * maps, 1 - maps], dim=1)  # [B, 3, side, side]
     both = torch.cat([shown, (shown + colors) / 2], dim=3)
-    texts = [f"{names[c]}: {counts[c]} training images; red: seen most" for c in labels]
+    texts = [f"{names[c]}: {counts[c]} training images; red: evidence for it" for c in labels]
     strips = torch.stack([pil_to_tensor(caption(text, 2 * side)) / 255 for text in texts])
     save_image(torch.cat([both, strips], dim=2), directory / "activation.png", nrow=3, pad_value=1)
 
@@ -547,8 +546,7 @@ def draw_activation(directory, encoder, dataset, counts, stage1, names, device, 
 
 def parse_args():
     """The arguments, and the content of the checkpoint or, for --predict, of model.pth."""
-    # The settings in the run's checkpoint are the defaults: look first at the flags that name it.
-    first = data.Parser()
+    first = data.Parser()  # of the flags that name the checkpoint, which holds the defaults
     for flag in ("--checkpoint", "--output", "--dataset", "--predict", "--summary"):
         first.add_argument(flag, nargs="?")
     first = first.parse_known_args()[0]
@@ -562,13 +560,11 @@ def parse_args():
     parser = data.Parser(description=__doc__)
     dataset = data.add_data_flags(parser, stage1.get("dataset", data.DEFAULT))
     flag = parser.add_argument_group("what to do").add_argument
-    flag("--checkpoint", type=Path, default=checkpoint, metavar="FILE", help="file of train.py")
+    flag("--checkpoint", type=Path, default=checkpoint, metavar="FILE", help="of train.py")
     flag("--predict", type=Path, nargs="+", metavar="PATH", help="predict images, as JSON lines")
-    text = "mean and deviation of finished runs that differ only in their seed"
-    flag("--summary", type=Path, nargs="+", metavar="RUN", help=text)
+    flag("--summary", type=Path, nargs="+", metavar="RUN", help="mean and deviation over seeds")
     flag("--plots", type=Path, metavar="DIR", help="draw accuracy by class and activation maps")
-    text = "write the weights under torchvision's names; networks of small images have none"
-    flag("--export", type=Path, metavar="FILE", help=text)
+    flag("--export", type=Path, metavar="FILE", help="write weights under torchvision's names")
     run_rows = train.run_settings(dataset)
     train.add_settings(parser, "run", dataset, run_rows)
     train.add_settings(parser, "classifier", dataset, STAGE2)
@@ -582,6 +578,8 @@ def parse_args():
         if data.in_memory(dataset):
             raise BadInput(f"--predict needs a run on image files, not on {dataset}")
         return args, saved
+    if "training_images" not in stage1:
+        raise BadInput(f"{checkpoint} is from an earlier version of this code: train again")
     if dataset != stage1["dataset"]:
         raise BadInput(f"{checkpoint} was trained on {stage1['dataset']}, not on {dataset}")
 
@@ -591,7 +589,7 @@ def parse_args():
             raise BadInput(f"--epochs 0: {checkpoint} has no classifier; --loss ce or la have one")
     defaults = train.values_for(dataset, STAGE2)
     used = dict(adjusted={"penalty"}, stage1={"epochs"}, balanced=defaults.keys() - {"penalty"})
-    for name in defaults.keys() - used[args.classifier] - {"classifier", "prior"}:
+    for name in sorted(defaults.keys() - used[args.classifier] - {"classifier", "prior"}):
         if getattr(args, name) != defaults[name]:
             flag = name.replace("_", "-")
             parser.error(f"--{flag}: this flag is not for the classifier {args.classifier}")

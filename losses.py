@@ -2,8 +2,8 @@
 
 dscl_loss and pbsd_loss take L2-normalised rows. They compute in float32, or in float64 if the rows
 with gradient are float64, also under autocast. Their time is O(N K D) for N embeddings and a queue
-of K. Their memory does not grow with K: bank_attention computes the logits in blocks and keeps none
-for backward. This file needs only torch and can be copied alone.
+of K. Their memory grows by 16 bytes a key only: bank_attention computes the logits in blocks and
+keeps none for backward. This file needs only torch and can be copied alone.
 """
 
 from numbers import Real
@@ -144,7 +144,7 @@ class _BankAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # `mean` depends on the query, but would be taken as constant
             raise RuntimeError("bank_attention has no second derivative; omit create_graph=True")
         (mean,) = ctx.saved_tensors
-        return grad_logsumexp[:, None] * mean, None
+        return grad_logsumexp[:, None] * mean, None  # the query was divided by the temperature
 
 
 def bank_attention(query, bank, *, temperature=0.07):

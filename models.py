@@ -239,7 +239,8 @@ def load_pretrained(encoder, arch, source):
         for branch in encoder.branches:
             layers = *encoder.shared.named_children(), *branch.named_children()
             backbone = nn.Sequential(OrderedDict(layers))
-            names_here = {name: prefix + name for name in backbone.state_dict()}
+            # Torchvision's files lack num_batches_tracked, which nothing uses.
+            names_here = {n: prefix + n for n in backbone.state_dict() if "num_batches" not in n}
             missing = [name for name in names_here.values() if name not in state]
             if missing:
                 raise ValueError(f"it has {list(state)[:2]}, but not {missing[:2]}")
@@ -249,5 +250,5 @@ def load_pretrained(encoder, arch, source):
         raise ValueError(f"{reason}; download it elsewhere and give the file's path") from None
     except Exception as error:  # a missing or foreign file, weights of another network
         reason = " ".join(str(error).split())[:160]
-        known = names and f", nor torchvision's {' or '.join(names)}" or ""
+        known = f", nor torchvision's {' or '.join(names)}" if names else "; torchvision has none"
         raise ValueError(f"not a file of {arch} weights{known} ({reason})") from None

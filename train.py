@@ -81,8 +81,8 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
 
     # Row i of all_queries, all_keys and all_labels belongs to image i of the global batch. Every
     # rank computes DSCL for all N anchors, since its queries are contrast for those of other ranks,
-    # with gradient for its own queries; gather_queries scales it so that DDP's mean over ranks is
-    # the gradient of the whole loss. PBSD is computed for this rank's B images only.
+    # with gradient for its own queries only; gather_queries multiplies this gradient by the number
+    # of ranks, because DDP divides by it. PBSD is computed for this rank's B images only.
     all_queries, all_labels = gather_queries(z, batch.rank_rows), gather(labels)
     keys, tau = all_keys[:, batch.rank_rows], args.temperature
     alpha = None if args.loss == "scl" else args.alpha
@@ -132,7 +132,8 @@ def main():
         return draw_views(args.views, sets["train"], args)
     args.images = {split: len(part) for split, part in sets.items()}
     train_set, path = sets["train"], args.output / "checkpoint.pth"
-    args.training_images, args.classes = train_set.fingerprint(), train_set.names  # as resume()
+    # resume() and eval.py refuse other training images or classes.
+    args.training_images, args.classes = train_set.fingerprint(), train_set.names
     fit_batch(args, len(train_set))
     if args.batch_size < 2 * world:
         raise BadInput(f"--batch-size {args.batch_size}: BatchNorm needs two images a process")
@@ -187,7 +188,7 @@ def main():
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, per_epoch, args)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         batch = ShuffledBatch(args, step, batches.rows, device)
-        pair = images[0], images[-1]  # two crops of each image, or twice the whole image
+        pair = images[0], images[-1]  # two crops; or twice the whole image if held in memory
         values = train_step(model, images=pair, labels=labels, batch=batch, args=args)
         values["loss"].backward()
         optimizer.step()
@@ -268,7 +269,7 @@ def distributed(encoder):
     if "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters:
         options["batched_grad_copy"] = True  # since torch 2.14: one copy instead of 163
     model = DistributedDataParallel(encoder, **options)
-    # BatchNorm's buffers are averaged at every record. torch 2.14 warns of an argument here.
+    # BatchNorm's buffers are averaged at every record. As an argument torch 2.14 warns of this.
     model.broadcast_buffers = False
     return model
 
@@ -379,8 +380,7 @@ def fit_batch(args, count):
 
 def check_finite(tensors, step, lr):
     """Raise BadInput if training has diverged, so that such weights are never saved."""
-    # The largest absolute values, in one launch, which preserves NaN and infinity.
-    if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
+    if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():  # one launch
         raise BadInput(f"loss or weights are not finite at step {step}, lr {lr:.3g}: try a smaller "
                        "--lr with another --output; the last checkpoint was left unchanged")
 
@@ -415,7 +415,8 @@ def load(path, stage, script="train.py"):
         if getattr(error, "filename", None):  # the file could not be opened
             raise BadInput(f"{path} cannot be read ({error.strerror}): run {script} first, or give "
                            "a run's directory as --output") from None
-        raise BadInput(f"{path} is not a file of {stage}: move it to another place") from None
+        raise BadInput(f"{path} is not a file of {stage}, or is damaged: give another file, or "
+                       "move it away to start anew") from None
     return content
 
 
@@ -424,7 +425,7 @@ def to_json(args):
     return json.loads(json.dumps(vars(args), default=str))
 
 
-# Arguments that may change when a run continues: of both stages, and of eval.py alone.
+# Arguments that may change when a run continues: of both stages, then of one of them.
 MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
 MAY_CHANGE |= {"images", "views", "checkpoint", "plots", "export", "predict", "summary"}
 
@@ -485,7 +486,7 @@ def open_log(path, args, step):
 FASHION, CIFAR10, CIFAR100 = ("fashion_mnist_lt",), ("cifar10_lt",), ("cifar100_lt",)
 PLACES, INATURALIST, FOLDER = ("places_lt",), ("inaturalist18",), ("imagefolder",)
 CIFAR = CIFAR10 + CIFAR100
-SMALL = (*FASHION, *CIFAR, "small_imagefolder")  # data sets of small images
+SMALL = (*FASHION, *CIFAR, "small_imagefolder")  # their own values come after those of SMALL
 
 # One row for each setting, which is a flag: its name, its value for ImageNet-LT, its limits or
 # choices, its meaning, and the data sets that differ, of which the last one counts. The values for
@@ -499,7 +500,7 @@ VIEWS = [
     ("std", (0.229, 0.224, 0.225), (0.001, 1), "standard deviation of red, green and blue",
      {FASHION: (0.353,) * 3, CIFAR10: (0.247, 0.243, 0.262), CIFAR100: (0.267, 0.256, 0.276)}),
     ("view_size", 224, (8, 4096), "side of a view in pixels; paper: 224", {SMALL: 32, FASHION: 20}),
-    ("crop_scale", (0.08, 1.0), (0.001, 1), "range of a view's part of the image's area",
+    ("crop_scale", (0.08, 1.0), (0.001, 1), "smallest and largest fraction of the image in a view",
      {SMALL: (0.3, 1.0)}),
     ("grey_p", 0.2, (0, 1), "probability that a query view or a patch becomes grey", {}),
     ("blur_p", 0.5, (0, 1), "probability that a query view or a patch is blurred", {SMALL: 0.0}),
@@ -510,11 +511,11 @@ VIEWS = [
      {FASHION: (0.2, 0.2, 0.2, 0.0)}),
     ("patches", 5, (1, 1024), "number L of patches of a view; paper: 5", {SMALL: 2, FASHION: 1}),
     ("patch_size", 64, (4, 4096), "side of a patch in pixels; paper: 64", {SMALL: 16, FASHION: 8}),
-    ("patch_scale", (0.05, 0.6), (0.001, 1), "range of a patch's part of the view's area", {}),
+    ("patch_scale", (0.05, 0.6), (0.001, 1), "smallest and largest fraction of the view", {}),
 ]
 STAGE1 = [
-    ("loss", "dscl", ("dscl", "scl", *CLASSIFIERS),
-     "or a baseline: scl has equal weights, ce is cross-entropy, la ce with logit adjustment", {}),
+    ("loss", "dscl", ("dscl", "scl", *CLASSIFIERS), "dscl, or a baseline: scl has equal weights, "
+     "ce is cross-entropy, la is cross-entropy with logit adjustment", {}),
     ("arch", "resnet50", ARCHS, "backbone",
      {PLACES: "resnet152", FOLDER: "resnet18", SMALL: "resnet_small", FASHION: "resnet_tiny"}),
     ("pretrained", "none", None, "weights to start from: a file, torchvision's name, or none",
@@ -540,10 +541,10 @@ STAGE2 = [
     ("classifier", "balanced", ("adjusted", "balanced"),
      "balanced: SGD with class-balanced sampling, as in the paper; adjusted: logistic regression "
      "and the class prior, no learning rate", {FOLDER: "adjusted", SMALL: "adjusted"}),
-    ("penalty", [3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1], (0, 1e6), "on the squared weights, for "
-     "adjusted: the best on val, or the first. All flags below are for balanced", {CIFAR: [1e-3]}),
     ("prior", "balanced", ("balanced", "training"),
      "predict as if all classes were equally frequent, or as frequent as in training", {}),
+    ("penalty", [3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1], (0, 1e6), "on the squared weights, for "
+     "adjusted: the best on val, or the first. The flags below are for balanced", {CIFAR: [1e-3]}),
     ("epochs", 40, (0, 1e6),
      "passes over the training set; 0 evaluates the classifier of --loss ce or la", {SMALL: 20}),
     ("batch_size", 2048, (1, 1e6), "images in a step of all processes", {FOLDER: 256, SMALL: 256}),
@@ -618,11 +619,13 @@ def parse_args():
     dataset = data.add_data_flags(parser)
     text = "draw query views, boxes, key views and patches to this PNG file instead of training"
     parser.add_argument("--views", type=Path, metavar="FILE", help=text)
-    text = "minutes between checkpoints; one minute is enough at the end of an epoch"
+    text = "minutes between checkpoints; at the end of an epoch at least one is enough"
     run_rows = run_settings(dataset) + [("save_minutes", 30.0, (0, 1e6), text, {})]
     for title, rows in (("run", run_rows), ("training", STAGE1), ("views", VIEWS)):
         add_settings(parser, title, dataset, rows)
     args = parse_within_limits(parser, run_rows + STAGE1 + VIEWS)
+    if args.loss != "dscl" and args.alpha != values_for(dataset, STAGE1)["alpha"]:
+        parser.error(f"--alpha: --loss {args.loss} does not use it")
     sizes = [args.view_size, args.patch_size]
     if args.loss in CLASSIFIERS or not args.pbsd_weight:
         del sizes[1]  # no patches
