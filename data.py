@@ -15,7 +15,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from hashlib import sha256
@@ -252,11 +252,6 @@ def query_views(images, draws, cfg, count=0):
 def key_view(images, draws, cfg):
     """The key view [B, 3, V, V] of uint8 images."""
     return photometric(random_view(images, draws, cfg), draws, cfg, cfg.key_jitter)
-
-
-def evaluation_view(images, cfg):
-    """Normalise uint8 images [1, B, C, H, W] for evaluation: [B, 3, H, W]."""
-    return normalize(images[0].float() / 255, cfg)
 
 
 # --------------------------------------------------------------------------- long-tailed subsets
@@ -731,15 +726,6 @@ def add_data_flags(parser, default=DEFAULT):
     return dataset
 
 
-def cores():
-    """Cores for the workers of each process of this host; one is left to the process itself."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with suppress(OSError, ValueError):  # the quota of a container; "max" if it has none
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        usable = min(usable, int(quota) // int(period))
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
-
-
 CLEAR = "\r\x1b[K" if sys.stderr.isatty() else ""  # clears a live line
 
 
@@ -875,7 +861,7 @@ def main():
     flag = parser.add_argument_group("check").add_argument
     flag("--decode", action="store_true", help="also decode every image")
     flag("--download", action="store_true", help="download CIFAR into --data-root")
-    flag("--workers", type=int, default=cores(), metavar="N", help="threads")
+    flag("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads")
     args = parser.parse_args()
     sets = load_dataset(dataset, args.data_root, args.index_dir, args.imbalance, args.download)
     problems = check_counts(sets, DATASETS[dataset].get("published", {}))

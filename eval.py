@@ -227,7 +227,7 @@ def train_classifier(encoder, train_set, val_set, args, stage1, processes):
             draws = Draws(seed, args.batch_size, batches.rows, device)
             view, _, _ = data.query_views(images[0], draws, stage1)
         else:
-            view = data.evaluation_view(images, stage1)
+            view = evaluation_view(images, stage1)
         # Sum over experts, so that each classifier is trained as if it were alone.
         logits = heads(features_of(encoder, view, args.amp))
         loss = sum(F.cross_entropy(of_expert, labels) for of_expert in logits)
@@ -277,6 +277,11 @@ def features_of(encoder, view, amp):
         return means([maps.float() for maps in encoder.feature_maps(view)])
 
 
+def evaluation_view(images, cfg):
+    """Normalise uint8 images [1, B, C, H, W] for evaluation: [B, 3, H, W]."""
+    return data.normalize(images[0].float() / 255, cfg)
+
+
 def evaluation_loader(dataset, args, stage1, processes, kind=BatchDataset, batch_size=128):
     """A loader of this process's part of a split: process i % world loads image i."""
     rank, world, device = processes
@@ -293,7 +298,7 @@ def split_features(encoder, dataset, args, stage1, processes, of=lambda features
     # A process may have no image of a small split.
     parts = [of(torch.zeros(len(encoder.heads), 0, encoder.heads[0].in_features, device=device))]
     for images, _ in evaluation_loader(dataset, args, stage1, processes):
-        view = data.evaluation_view(images.to(device, non_blocking=True), stage1)
+        view = evaluation_view(images.to(device, non_blocking=True), stage1)
         parts.append(of(features_of(encoder, view, args.amp)))
     rows = torch.cat(parts, dim=1)
     size = -(-len(dataset) // world)  # some processes have one image less
@@ -413,7 +418,7 @@ def predict(args, saved):
         unreadable += len(problems)
         if not indices:
             continue
-        view = data.evaluation_view(images.to(device), stage1)
+        view = evaluation_view(images.to(device), stage1)
         logits = encoder.heads(features_of(encoder, view, args.amp)).mean(0)  # [B, classes]
         top = logits.softmax(1).topk(min(5, len(names)))
         for index, values, labels in zip(indices, top.values.tolist(), top.indices.tolist()):
@@ -527,7 +532,7 @@ def draw_activation(directory, encoder, dataset, counts, stage1, names, device, 
     tail = here[counts[here].argsort(stable=True)[:4]]
     rows = torch.cat([(dataset.labels == label).nonzero()[:3, 0] for label in tail]).tolist()
     images, labels = dataset.views(rows, rows, stage1, 0), dataset.labels[rows]
-    feature_maps = encoder.eval().feature_maps(data.evaluation_view(images.to(device), stage1))
+    feature_maps = encoder.eval().feature_maps(evaluation_view(images.to(device), stage1))
     pairs = zip(encoder.heads, feature_maps)
     maps = sum(torch.einsum("bc,bchw->bhw", h.weight[labels], f.float()) for h, f in pairs).cpu()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)

@@ -602,9 +602,18 @@ def parse_within_limits(parser, rows):
     return args
 
 
+def cores():
+    """Cores for the workers of each process of this host; one is left to the process itself."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # the quota of a container; "max" if it has none
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        usable = min(usable, int(quota) // int(period))
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+
+
 def run_settings(dataset):
     """The table of settings that are not part of the method; both stages have these."""
-    workers = 0 if data.in_memory(dataset) else data.cores()
+    workers = 0 if data.in_memory(dataset) else cores()
     return [
         ("output", Path("runs") / dataset, None, "directory for all output of the run", {}),
         ("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one", {}),

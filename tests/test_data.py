@@ -648,7 +648,7 @@ def test_patches_are_cut_from_the_query_view_before_colour_changes():
 
 
 def test_views_follow_their_settings_and_are_standardised():
-    whole = data.evaluation_view(SHIPPED["train"].images[None], small_cfg("fashion_mnist_lt"))
+    whole = stage2.evaluation_view(SHIPPED["train"].images[None], small_cfg("fashion_mnist_lt"))
     assert whole.mean().abs() < 0.1 and (whole.std() - 1).abs() < 0.1
     red = torch.tensor([200, 20, 40]).byte().view(1, 3, 1, 1).expand(9, 3, 20, 20)
     cfg = small_cfg("cifar10_lt", grey_p=1.0, query_jitter_p=0.0, key_jitter=(0,) * 4)
@@ -739,9 +739,9 @@ def test_check_of_the_shipped_set_passes_from_any_directory(tmp_path):
 )
 def test_workers_leave_a_core_to_each_process(usable, quota, processes, workers, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(usable)))
-    monkeypatch.setattr(data.Path, "read_text", lambda path: f"{quota} 100000\n")  # of a container
+    monkeypatch.setattr(train.Path, "read_text", lambda path: f"{quota} 100000\n")  # of a container
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert data.cores() == workers
+    assert train.cores() == workers
 
 
 def test_bad_input_prints_one_line_and_exits_with_2(monkeypatch, capsys):

@@ -203,7 +203,7 @@ def test_gathered_features_are_in_the_order_of_the_images(world, count, monkeypa
     encoder = torch.nn.Module()
     encoder.heads = torch.nn.ModuleList([torch.nn.Linear(1, 5)])
     monkeypatch.setattr(stage2, "features_of", lambda e, view, amp: view[None, :, :1, 0, 0])
-    monkeypatch.setattr(stage2.data, "evaluation_view", lambda images, cfg: images[0].float())
+    monkeypatch.setattr(stage2, "evaluation_view", lambda images, cfg: images[0].float())
     args, parts = argparse.Namespace(workers=0, amp="off"), []
     monkeypatch.setattr(stage2, "gather", lambda part: parts.append(part) or part)
     for rank in range(world):

@@ -47,7 +47,7 @@ def test_export_snippet_loads_a_network_with_the_accuracy_of_stage_2(tmp_path, m
     card, test = names["card"], data.load_dataset("imagefolder", tmp_path)["test"]
     assert card["classes"] == results["classes"] == ["ant", "bee", "cat"]
     images = test.views(range(36), None, argparse.Namespace(view_size=card["crop"]), 0)
-    view = data.evaluation_view(images, argparse.Namespace(mean=card["mean"], std=card["std"]))
+    view = stage2.evaluation_view(images, argparse.Namespace(mean=card["mean"], std=card["std"]))
     right = (names["model"](view).argmax(1) == test.labels).view(3, 12).float()
     assert results["per_class"] == pytest.approx((100 * right.mean(1)).tolist())
     assert 0 < results["top1"] < 100

@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import eval as stage2
 import train
-from data import HERE, BadInput, Batches, evaluation_view, load_dataset
+from data import HERE, BadInput, Batches, load_dataset
 from models import Encoder
 
 TINY = ["--epochs", "2", "--warmup", "0", "--batch-size", "64", "--patches", "1"]
@@ -177,7 +177,8 @@ def test_the_baselines_train_and_evaluate(loss, small_root, tmp_path, call):
     test = load_dataset("fashion_mnist_lt", small_root)["test"]
     encoder = Encoder("resnet_tiny", classes=10).eval()
     encoder.load_state_dict(checkpoint(tmp_path)["encoder"])
-    view = evaluation_view(test.images[None], benchmark.cfg_of("fashion_mnist_lt", train.VIEWS))
+    cfg = benchmark.cfg_of("fashion_mnist_lt", train.VIEWS)
+    view = stage2.evaluation_view(test.images[None], cfg)
     with torch.no_grad(), train.autocast(torch.device("cpu"), results["arguments"]["amp"]):
         right = encoder(view)[0][0].argmax(1) == test.labels
     assert results["top1"] == pytest.approx(100 * right.float().mean().item(), abs=0.3)
