@@ -28,10 +28,16 @@ def eight_gpus(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     data.constant.cache_clear()
     dist.init_process_group("fake", rank=1, world_size=8, store=fake_pg.FakeStore())
-    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=False):
-        yield
-    dist.destroy_process_group()
-    data.constant.cache_clear()
+    try:
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=False):
+            try:
+                torch.empty(1, device=GPU).uniform_()
+            except RuntimeError:
+                pytest.skip("this version of torch asks for a GPU, also for fake tensors")
+            yield
+    finally:
+        dist.destroy_process_group()
+        data.constant.cache_clear()
 
 
 def on_gpu(*shape, high=None):
