@@ -818,16 +818,16 @@ def check_files(sets, decoding, threads):
     problems, seen = [], {}
     for split, dataset in sets.items():
         paths, progress = list(map(dataset.path, range(len(dataset)))), Progress(len(dataset))
-        before = len(problems)
+        old = len(problems)
         with ThreadPool(max(1, threads)) as pool:
             found = enumerate(zip(paths, pool.imap(examine, paths, 64)), 1)
             for done, (path, (problem, key)) in found:
-                earlier, of = seen.setdefault(key, (path, split))
-                if problem or of != split:
+                earlier, of = seen.get(key, (None, split))
+                seen.setdefault(key, (path, split))
+                if problem or of != split or earlier == path:
                     problems.append(problem or f"{path} of {split} equals {earlier} of {of}")
                 if done % 64 == 0 or done == len(paths):  # results come in chunks
-                    text = f"{split}: {done:,} images, {len(problems) - before:,} problems"
-                    progress.show(done, text)
+                    progress.show(done, f"{split}: {done:,}, {len(problems) - old:,} problems")
     return problems
 
 

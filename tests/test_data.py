@@ -706,23 +706,26 @@ def test_check_reports_counts_and_unusable_files(tmp_path, imagenet_tree, monkey
     cut.write_bytes(cut.read_bytes()[:700])  # of about 1,000 bytes: the header is whole
     with open(root / "ImageNet_LT_val.txt", "a") as file:
         file.write("train/n00000003/train_0.JPEG 3\n")  # also in train
+    with open(root / "ImageNet_LT_test.txt", "a") as file:
+        file.write((root / "ImageNet_LT_test.txt").read_text().splitlines()[0] + "\n")  # twice
     code, out, _ = command(*call)
     for said in (
         "train: 45 images, 4 of 4 classes, of 24 to 3 images each: 0 many-, 1 medium-, 3 few-shot",
         "val: 9 images, 4 of 4 classes, of 3 to 2 images each\n",
-        "ImageNet_LT_train.txt: 45 images, not the published 115,846", "problems: 5\n",
+        "ImageNet_LT_train.txt: 45 images, not the published 115,846", "problems: 6\n",
+        "test_0.JPEG of test equals ",
         f"{root}/train/n00000002/train_1.JPEG cannot be read as an image (No such file",
         "n00000003/train_0.JPEG of val equals ",
     ):
         assert said in out
-    assert code == 1 and "test_0.JPEG" not in out
+    assert code == 1 and f"{cut} cannot be read" not in out
     code, out, _ = command(*call, "--decode")
-    assert code == 1 and "problems: 6\n" in out and f"{cut} cannot be read" in out
+    assert code == 1 and "problems: 7\n" in out and f"{cut} cannot be read" in out
     # Counts and classes are printed even if all images are missing.
     shutil.rmtree(root / "train")
     shutil.rmtree(root / "val")
     code, out, _ = command(*call)
-    assert code == 1 and "train: 45 images" in out and "problems: 69, the first 20\n" in out
+    assert code == 1 and "train: 45 images" in out and "problems: 70, the first 20\n" in out
 
 
 def test_check_of_the_shipped_set_passes_from_any_directory(tmp_path):
