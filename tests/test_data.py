@@ -1,7 +1,6 @@
 """Readers of data sets, long-tailed subsets, batches, views and patches, arguments."""
 
 import gzip
-import json
 import pickle
 import re
 import shutil
