@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 import time
 import unicodedata
@@ -34,7 +35,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.v2.functional import center_crop, get_size, pil_to_tensor, resize
 
 # The same pixels as Pillow's, 1.4 times as fast. torchvision plans to remove it; its successor,
 # torchcodec, turns images by their EXIF orientation and divides 16-bit grey by 257, not by 256.
@@ -68,7 +69,7 @@ DATASETS = {
         source="index", index="iNaturalist18", published=dict(train=437513, val=24426)
     ),
     "imagefolder": dict(source="folder"),
-    "small_imagefolder": dict(source="folder"),
+    "small_imagefolder": dict(source="folder", held=True),
 }
 DEFAULT = "fashion_mnist_lt"
 
@@ -85,6 +86,12 @@ def default_root(name):
 
 class BadInput(Exception):
     """The user's input cannot be used; the message names it and says how to fix it."""
+
+
+def say(text):
+    """Print a note to stderr, once for all processes."""
+    if RANK == 0:
+        print(text, file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------- views and patches
@@ -304,6 +311,7 @@ class ImageFiles(ImageArrays):
         self.upright = upright  # turn images as EXIF says, which papers of the benchmarks do not
         self.images = self.paths = np.asarray(paths)  # an array of bytes, which workers share
         self.labels = torch.as_tensor(labels, dtype=torch.long)
+        self.held = None
 
     def path(self, index):
         return self.root / os.fsdecode(self.paths[index])
@@ -315,7 +323,7 @@ class ImageFiles(ImageArrays):
         """
         views = []
         for place, index in enumerate(indices):
-            with open_image(self.path(index)) as image:
+            with self.opened(index) as (image, orientation):
                 if crops:
                     # torch.manual_seed would seed GPUs too, which a worker must not use.
                     torch.default_generator.manual_seed(seeds[place])
@@ -323,11 +331,42 @@ class ImageFiles(ImageArrays):
                 else:
                     of_image = [central_crop(image, cfg.view_size)]
                 # Square crops of a turned image and turned crops are alike.
-                exif = image.getexif().get(0x0112, 1) if self.upright else 1
-                views += [turned(view, exif) for view in of_image]
+                views += [turned(view, orientation) for view in of_image]
         # In a worker, default_collate writes to shared memory; channels last, like decoded images.
         views = default_collate([view.permute(1, 2, 0) for view in views])
         return views.unflatten(0, (len(indices), -1)).permute(1, 0, 4, 2, 3)
+
+    @contextmanager
+    def opened(self, index):
+        """An open image, or the pixels that hold() kept; and the EXIF orientation to apply."""
+        if self.held:
+            yield torch.from_numpy(self.held[index]), 1
+        else:
+            with open_image(self.path(index)) as image:
+                yield image, image.getexif().get(0x0112, 1) if self.upright else 1
+
+    def hold(self, cfg, threads, limit=4e9):
+        """Read all images once and keep them, shrunk as far as the crops of cfg allow.
+
+        If that takes more than about `limit` bytes, every epoch reads them anew.
+        """
+        side = math.ceil(cfg.view_size / cfg.crop_scale[0] ** 0.5)  # of the smallest square crop
+        if 4 * side**2 * len(self) > limit:  # three colours, sides 3:4
+            return say(f"{len(self):,} images of {side} pixels take more than {limit / 1e9:g} GB: "
+                       "every epoch reads them anew")
+
+        def read(index):
+            with self.opened(index) as (image, orientation):
+                pixels = decode(image, min(image.size) / side)
+                pixels = resize(pixels, [min(side, *pixels.shape[1:])], antialias=True)
+                return turned(pixels, orientation).numpy()
+
+        images, progress = [], Progress(len(self))
+        with ThreadPool(threads) as pool:
+            for image in pool.imap(read, range(len(self)), 8):
+                images.append(image)
+                progress.show(len(images), f"reading images: {len(images):,} of {len(self):,}")
+        self.held = images
 
 
 @contextmanager
@@ -349,6 +388,8 @@ def decode(image, max_downscale=1.0):
     JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but never at less than 1 / max_downscale, so
     that the resize that follows still shrinks it.
     """
+    if isinstance(image, torch.Tensor):  # from ImageFiles.hold
+        return image
     # 16-bit grey has mode "I;16" or, in some versions of Pillow, "I".
     if image.mode[:4] == "I;16" or image.mode == "I" and image.format in ("PNG", "PPM"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
@@ -374,7 +415,7 @@ def turned(view, orientation):
 
 def random_crops(image, scale, size, count):
     """Random resized crops of an open image: `count` uint8 views [3, size, size]."""
-    width = image.width
+    width = get_size(image)[1]
     boxes = [RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(count)]
     pixels = decode(image, min(min(box[2:]) for box in boxes) / size)
     shrunk = pixels.shape[2] / width
@@ -396,7 +437,7 @@ def shorter_side(size):
 def central_crop(image, size):
     """Resize the shorter side of an open image and crop its centre, for evaluation."""
     shorter = shorter_side(size)
-    pixels = decode(image, min(image.size) / shorter)
+    pixels = decode(image, min(get_size(image)) / shorter)
     return center_crop(resize(pixels, [shorter], antialias=True), [size, size])
 
 
@@ -433,20 +474,18 @@ def load_dataset(name, root=None, index_dir=None, imbalance=None, download=False
         raise BadInput(f"{origin}: no image of class {empty}; labels are 0 to {last} without a gap")
     if len(counts) < 2:
         raise BadInput(f"{root}: only one class; at least two are needed")
-    names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
-    if RANK == 0:
-        shown = names if len(names) <= 10 else [*names[:3], "...", *names[-3:]]
-        print(f"{len(names)} classes: {', '.join(shown)}", file=sys.stderr)
+    names = sets["train"].names = sets["train"].names or [f"class {n}" for n in range(len(counts))]
+    shown = names if len(names) <= 10 else [*names[:3], "...", *names[-3:]]
+    say(f"{len(names)} classes: {', '.join(shown)}")
     return sets
 
 
 def names_of_folders(dataset):
     """The name of the folder of each label's images, or None if they are not one to one."""
-    folders = {}
-    for path, label in zip(dataset.paths, dataset.labels.tolist()):
-        folders.setdefault(label, set()).add(os.fsdecode(path).rpartition("/")[0])
-    names = [folder.rpartition("/")[2] for label in sorted(folders) for folder in folders[label]]
-    return names if len(names) == len(set(names)) == len(folders) else None
+    folders = [os.fsdecode(path).rpartition("/")[0].rpartition("/")[2] for path in dataset.paths]
+    pairs = sorted(set(zip(dataset.labels.tolist(), folders)))
+    labels, names = zip(*pairs)
+    return list(names) if len(pairs) == len(set(labels)) == len(set(names)) else None
 
 
 def read_npz(path, names):
@@ -538,10 +577,11 @@ def find_images(folder):
 def say_left_out(place, files, read):
     """Print how many files are not read, and their most frequent endings."""
     endings = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in files)
-    if files and RANK == 0:
+    if files:
         kinds = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(4))
-        print(f"{place}: {len(files)} files are left out ({kinds}); only {read} are read",
-              file=sys.stderr)
+        first = ", ".join(os.path.relpath(path, place) for path in sorted(files)[:3])
+        say(f"{place}: {len(files)} files are left out ({kinds}; first {first}); only {read} are "
+            "read")
 
 
 def read_classes(place, root):
@@ -551,10 +591,14 @@ def read_classes(place, root):
     loose = [path for path in images if not folders[path]]
     say_left_out(place, others + loose, f"{' '.join(IMG_EXTENSIONS)} in class folders")
     deep = {os.sep.join(names) for names in folders.values() if len(names) > 1}
-    if deep and RANK == 0:
+    if deep:
         classes = len({names.partition(os.sep)[0] for names in deep})
-        print(f"{place}: images lie deeper than their class folders, as in {min(deep)}: "
-              f"{len(deep)} folders make {classes} classes", file=sys.stderr)
+        say(f"{place}: images lie deeper than their class folders, as in {min(deep)}: "
+            f"{len(deep)} folders make {classes} classes")
+    full = {names[0] for names in folders.values() if names}
+    here = {path.name for path in place.glob("[!.@]*") if path.is_dir()}
+    if here - full:
+        say(f"{place}: folders without images: {', '.join(sorted(here - full))}")
     return [
         (os.fsencode(os.path.relpath(path, root)), unicodedata.normalize("NFC", names[0]))
         for path, names in folders.items()
@@ -688,10 +732,16 @@ class BatchDataset:
         return images, self.dataset.labels[indices]
 
 
+def ignore_interrupts(worker):
+    """Ctrl-C reaches workers, too; only the main process answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def load_batches(dataset, batches, workers, device):
     """A loader of a BatchDataset; `batches` is Batches, or a list of (indices, seeds)."""
     return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
-                      pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+                      pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+                      worker_init_fn=ignore_interrupts)
 
 
 # -------------------------------------------------------------------- what the commands share
@@ -737,7 +787,7 @@ class Progress:
 
     def show(self, done, text):
         now, last = time.monotonic(), done >= self.steps
-        if last or now - self.shown > (0.1 if CLEAR else 10):
+        if RANK == 0 and (last or now - self.shown > (0.1 if CLEAR else 10)):
             self.shown = now
             left = (now - self.began) / max(done - self.first, 1) * (self.steps - done)
             line = f"ETA {timedelta(seconds=int(left))}  {text}"

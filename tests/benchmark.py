@@ -2,7 +2,8 @@
 
     python tests/benchmark.py losses                   # both losses against a dense implementation
     python tests/benchmark.py step --device cuda       # a training step and the networks alone
-    python tests/benchmark.py input --images DIR     # one data loading process, on your JPEGs
+    python tests/benchmark.py input --images DIR       # one data loading process, on your JPEGs
+    python tests/benchmark.py held --images DIR        # small_imagefolder: read anew or once
 
 The sides take turns, so that drift of the machine affects all alike; shown is the median (min to
 max) of the rounds. Speed is relative to the first side. Launches are the operations of a step on a
@@ -418,24 +419,25 @@ class Decoding(Published):
         return 0
 
 
-def input_pipeline(args):
-    """Images a second of a directory's JPEGs, each side in one process."""
+def jpegs(args):
+    """The JPEGs of --images, repeated to fill the batches; and batches, with indices as seeds."""
     if not args.images:
-        raise data.BadInput("input needs JPEGs: --images DIR")
+        raise data.BadInput(f"{args.command} needs JPEGs: --images DIR")
     directory, kinds = args.images, (".jpg", ".jpeg")
     found = sorted(path for path in directory.iterdir() if path.suffix.lower() in kinds)
     if not found:
         raise data.BadInput(f"--images {directory} holds no JPEGs")
-    total, cfg = args.batches * BATCH_INPUT, cfg_of("imagenet_lt", train.VIEWS)
+    total = args.batches * BATCH_INPUT
     names = [os.fsencode(found[count % len(found)].name) for count in range(total)]
-    files = ImageFiles(directory, names, [0] * total, directory)
+    kilobytes = statistics.mean(path.stat().st_size for path in found) / 1000
+    print(f"batches of {BATCH_INPUT} of {len(found)} JPEGs, mean size {kilobytes:.0f} KB; "
+          f"{args.rounds} rounds; {machine('cpu')}\n")
     rows = torch.arange(total).view(-1, BATCH_INPUT).tolist()
-    batches = [(indices, indices) for indices in rows]  # the index as the seed
-    sides = {
-        "published": DataLoader(Published(files, cfg), BATCH_INPUT, num_workers=1),
-        "ours": data.load_batches(BatchDataset(files, cfg, 2), batches, 1, torch.device("cpu")),
-        "decoding alone": DataLoader(Decoding(files, cfg), BATCH_INPUT, num_workers=1),
-    }
+    return ImageFiles(directory, names, [0] * total, directory), [(i, i) for i in rows]
+
+
+def rates_of(sides, args):
+    """Images a second of loaders with one process each, {name: [rounds]}, and bytes an image."""
     rates, sizes = {side: [] for side in sides}, {}
     for _ in range(args.rounds):
         for side, loader in sides.items():
@@ -444,21 +446,51 @@ def input_pipeline(args):
             began = time.perf_counter()
             following = sum(BATCH_INPUT for _ in iterator)
             rates[side].append(following / (time.perf_counter() - began))
-            sizes[side] = sum(part.nbytes for part in batch) / BATCH_INPUT / 1000
-    kilobytes = statistics.mean(path.stat().st_size for path in found) / 1000
-    print(f"one data loading process, batches of {BATCH_INPUT} of {len(found)} JPEGs, mean size")
-    print(f"{kilobytes:.0f} KB; {args.rounds} rounds; {machine('cpu')}\n")
-    rows = [["", "images a second", "speed", "of decoding", "KB to the device"]]
+            sizes[side] = sum(part.nbytes for part in batch) / BATCH_INPUT
+    return rates, sizes
+
+
+def input_pipeline(args):
+    """Images a second of a directory's JPEGs, each side in one process."""
+    cfg, (files, batches) = cfg_of("imagenet_lt", train.VIEWS), jpegs(args)
+    sides = {
+        "published": DataLoader(Published(files, cfg), BATCH_INPUT, num_workers=1),
+        "ours": data.load_batches(BatchDataset(files, cfg, 2), batches, 1, torch.device("cpu")),
+        "decoding alone": DataLoader(Decoding(files, cfg), BATCH_INPUT, num_workers=1),
+    }
+    rates, sizes = rates_of(sides, args)
+    rows = [["one data loading process", "images a second", "speed", "of decoding", "KB to device"]]
     for side, own in rates.items():
         rows.append([side, spread(own, 0), ratio(own, rates["published"])])
-        rows[-1] += [ratio(own, rates["decoding alone"]), f"{sizes[side]:.0f}"]
+        rows[-1] += [ratio(own, rates["decoding alone"]), f"{sizes[side] / 1000:.0f}"]
     show(rows)
+
+
+def held(args):
+    """small_imagefolder with images read anew in every epoch, as before, and read at the start."""
+    cfg, (files, batches) = cfg_of("small_imagefolder", train.VIEWS), jpegs(args)
+    once, cores, cpu = copy.copy(files), train.cores() + 1, torch.device("cpu")
+    began = time.perf_counter()
+    once.hold(cfg, cores)
+    start = time.perf_counter() - began
+    began = time.perf_counter()
+    for _ in data.load_batches(BatchDataset(files, cfg, 2), batches, cores, cpu):
+        pass
+    epoch = time.perf_counter() - began
+    each = dict(anew=files, once=once)
+    each = {n: data.load_batches(BatchDataset(f, cfg, 2), batches, 1, cpu) for n, f in each.items()}
+    rates, _ = rates_of(each, args)
+    rows = [["one data loading process", "images a second", "speed"]]
+    show(rows + [[side, spread(own, 0), ratio(own, rates["anew"])] for side, own in rates.items()])
+    kilobytes = sum(image.nbytes for image in once.held) / len(files) / 1000
+    print(f"\n{len(files)} images with {cores} cores: reading once {start:.1f} s, an epoch of "
+          f"reading anew {epoch:.1f} s; {kilobytes:.1f} KB held for each")
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = dict(losses=losses, step=step, input=input_pipeline)
+    commands = dict(losses=losses, step=step, input=input_pipeline, held=held)
     parser.add_argument("command", choices=commands)
     text = "device for losses and step (default: cpu)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)
@@ -466,9 +498,9 @@ def main():
     parser.add_argument("--recipes", nargs="+", choices=recipes, default=recipes, help=text)
     text = "images in a step (default: 8 for imagenet_lt, on a GPU 32, 128 and 256; else 128)"
     parser.add_argument("--batch-size", nargs="+", type=int, metavar="N", help=text)
-    parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs for input")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs for input and held")
     for flag, default, text in (
-        ("--rounds", 7, "timed rounds"), ("--batches", 12, "batches a round, for input"),
+        ("--rounds", 7, "timed rounds"), ("--batches", 12, "batches a round, for input and held"),
     ):
         text += f" (default: {default})"
         parser.add_argument(flag, type=int, default=default, metavar="N", help=text)

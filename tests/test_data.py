@@ -232,8 +232,12 @@ def test_non_images_and_hidden_folders_are_left_out_and_counted(tmp_path, capsys
     assert sets["train"].names == ["ant", "bee"]
     assert sum(len(sets[split]) for split in ("train", "test")) == 18
     said = capsys.readouterr().err
-    says = f"{tmp_path}/train: 7 files are left out (5 .png, 1 .gif, 1 .heic); only .jpg "
-    assert said.startswith(says) and said.count("\n") == 2 and "\n2 classes: ant, bee\n" in said
+    says = f"{tmp_path}/train: 7 files are left out (5 .png, 1 .gif, 1 .heic; first .cache/0.png, "
+    assert said.startswith(says + "@eaDir/0.png, ant/.ipynb_checkpoints/0.png); only .jpg ")
+    assert said.count("\n") == 2 and "\n2 classes: ant, bee\n" in said
+    (tmp_path / "train" / "cow").mkdir()
+    load_dataset("small_imagefolder", tmp_path)
+    assert f"{tmp_path}/train: folders without images: cow\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -502,6 +506,36 @@ def test_exif_orientation_is_the_same_on_every_path_of_decoding(orientation, tmp
             views.append(dataset.views([0], [None], cfg, 0)[0, 0].float())
         for view in views[1:]:
             assert (view - views[0]).abs().mean() < 3  # the ramps show where each pixel is from
+
+
+def test_held_images_give_the_views_of_their_files_and_are_read_once(tmp_path, capsys):
+    generator, names, exif = np.random.default_rng(0), [b"0.png", b"1.png", b"2.png"], Image.Exif()
+    exif[0x0112] = 6
+    for name, side in ((b"0.png", (400, 300)), (b"1.png", (300, 500)), (b"2.png", (40, 50))):
+        image = Image.fromarray(photograph(generator, *side))
+        image.save(tmp_path / name.decode(), exif=exif if name == b"1.png" else None)
+    cfg = small_cfg("small_imagefolder", view_size=32)
+    files = data.ImageFiles(tmp_path, names, [0] * 3, "made", upright=True)
+    whole = small_cfg("small_imagefolder", view_size=32, crop_scale=(1.0, 1.0))
+    before = [files.views([0, 1, 2], range(3), of, 2).float() for of in (whole, cfg)]
+    files.hold(cfg, threads=2)
+    assert "reading images: 3 of 3" in capsys.readouterr().err
+    assert [image.shape for image in files.held] == [(3, 59, 78), (3, 59, 98), (3, 50, 40)]
+    for name in names:
+        (tmp_path / name.decode()).unlink()
+    after = [files.views([0, 1, 2], range(3), of, 2).float() for of in (whole, cfg)]
+    differ = [(a - b).abs().mean((0, 2, 3, 4)) for a, b in zip(before, after)]
+    assert 0 < differ[0].max() < 5 and differ[0][2] == differ[1][2] == 0  # 2.png is held as it is
+    with pytest.raises(BadInput, match="0.png cannot be read as an image"):
+        data.ImageFiles(tmp_path, names, [0] * 3, "made").hold(cfg, threads=2)
+
+
+def test_more_images_than_memory_allows_are_not_held(tmp_path, capsys):
+    files = data.ImageFiles(tmp_path, [b"0.png"] * 288000, [0] * 288000, "made")
+    files.hold(small_cfg("small_imagefolder", view_size=32), threads=2)
+    assert not files.held
+    says = "288,000 images of 59 pixels take more than 4 GB: every epoch reads them anew\n"
+    assert capsys.readouterr().err == says
 
 
 def test_batches_own_their_memory_as_pinning_requires(imagenet_tree):
