@@ -54,9 +54,9 @@ def main():
     args.stage1 = saved["args"] | dict(step=saved["step"])
     sets = data.load_dataset(stage1.dataset, args.data_root, args.index_dir, args.imbalance)
     counts = sets["train"].labels.bincount()
-    names = sets["train"].names or [f"class {label}" for label in range(len(counts))]
-    if sets["train"].names != stage1.classes:
-        differ = [f"{a} and {b}" for a, b in zip(stage1.classes or [], names) if a != b]
+    names, log_prior = sets["train"].names, (counts / counts.sum()).log()
+    if names != stage1.classes:
+        differ = [f"{a} and {b}" for a, b in zip(stage1.classes, names) if a != b]
         raise BadInput(f"{args.checkpoint}: the classes are not those of training "
                        f"({', '.join(differ[:3])}): rename their folders back, or train again")
     if sets["train"].fingerprint() != stage1.training_images:
@@ -86,25 +86,40 @@ def main():
     if args.classifier == "adjusted":
         chosen = fit_classifier(encoder, train_set, val_set, args, stage1, processes)
     # All classifiers but that of plain cross-entropy answer for equally frequent classes.
-    if args.prior != ("training" if of_stage1 and stage1.loss == "ce" else "balanced"):
-        log_prior = (counts / counts.sum()).log().to(device)
-        for head in encoder.heads:
-            head.bias.data += log_prior if args.prior == "training" else -log_prior
+    answers_for = "training" if of_stage1 and stage1.loss == "ce" else "balanced"
+    sign = (args.prior == "training") - (answers_for == "training")
+    prior = counts.double() if args.prior == "training" else torch.ones(len(counts))
+    adapt(encoder.heads, sign * log_prior)
+    temperature = 1.0
+    if val_set:
+        logits = split_logits(encoder, val_set, args, stage1, processes)[0]
+        temperature = best_temperature(logits, val_set.labels, prior)
 
     # The test set is evaluated once, with the classifier that val chose.
     labels = sets[reported].labels
-    top = top_classes(encoder, sets[reported], args, stage1, processes)
-    if rank > 0:
-        return
+    logits = split_logits(encoder, sets[reported], args, stage1, processes)
+    top = logits.topk(min(5, len(counts))).indices
     results, *experts = (metrics(of_expert, labels, counts) for of_expert in top)
+    before, after = (calibration_error(logits[0] / t, labels, prior) for t in (1, temperature))
     results |= dict(
+        classes=names, counts=counts.tolist(),
+        reported_counts=labels.bincount(minlength=len(counts)).tolist(),
         reported_on=reported, chosen_on="val" if val_set else None, val=chosen["accuracy"],
         classifier=args.classifier, epoch=chosen.get("epoch"), penalty=chosen.get("penalty"),
-        classes=sets["train"].names, counts=counts.tolist(), prior=args.prior,
-        reported_counts=labels.bincount(minlength=len(counts)).tolist(),
+        prior=args.prior, temperature=temperature, fit_on=args.fit_on,
+        calibration_error=dict(before=before, after=after if val_set else None),
         experts=experts if len(experts) > 1 else None, arguments=to_json(args),
     )
-    save(path, json.dumps(results, indent=1) + "\n")
+    if rank == 0:
+        save(path, json.dumps(results, indent=1) + "\n")
+    if args.fit_on == "all":  # for predictions; the accuracies above are of the classifier before
+        features = [split_features(encoder, of, args, stage1, processes) for of in sets.values()]
+        everything = torch.cat([of.labels for of in sets.values()])
+        fit_heads(encoder.heads, torch.cat(features, dim=1), everything, chosen["penalty"])
+        adapt(encoder.heads, sign * log_prior)
+    adapt(encoder.heads, 0, temperature)
+    if rank > 0:
+        return
     model = dict(stage=RESULT, args=to_json(args), classes=names, model=encoder.state_dict())
     save(args.output / "model.pth", model)
     print(table(results, counts))
@@ -115,7 +130,10 @@ def main():
     what = "classifier of stage 1" if of_stage1 else f"classifier {args.classifier}"
     for name in ("epoch", "penalty"):  # what was chosen
         what += f", {name} {chosen[name]}" if name in chosen else ""
-    what += f", chosen on val ({chosen['accuracy']:.2f})" if val_set else ""
+    if val_set:
+        what += f", chosen on val ({chosen['accuracy']:.2f})"
+        print(f"probabilities: calibration error {after:.1f}, before {before:.1f}; temperature "
+              f"{temperature:.2f}, chosen on val")
     print(f"on {reported}; {what}; {path}", file=sys.stderr)
     if args.plots:
         draw_accuracy(args.plots, results, names)
@@ -128,42 +146,45 @@ def main():
 
 
 def fit_classifier(encoder, train_set, val_set, args, stage1, processes):
-    """Fit the heads by logistic regression on fixed features, and take the class prior off.
+    """Fit the heads with the best of args.penalty, or with the first of them without a val_set.
 
-    Then they answer as if all classes were equally frequent: logit adjustment (Menon et al., 2021,
-    section 4). Each expert's features are standardised, and its weight and bias converted so that
-    they apply to the original features. The best of args.penalty by class mean on val_set is
-    chosen, or the first without a val_set. Returns {"accuracy" on val_set, "penalty"}. Every rank
+    The best is by class mean on val_set. Returns {"accuracy" on val_set, "penalty"}. Every rank
     solves the same problem on all features, 1 GB for ImageNet-LT and a ResNet-50.
     """
-    rank, _, device = processes
-    labels = train_set.labels.to(device)
-    counts = labels.bincount()
-    log_prior = (counts / counts.sum()).log()
+    labels, best = train_set.labels, None
     features = split_features(encoder, train_set, args, stage1, processes)  # [E, N, C]
-    std, mean = torch.std_mean(features, 1)  # [E, C]
-    std = std.clamp(min=1e-6)  # a feature that is always 0 keeps weight 0
-    features = features.sub_(mean[:, None]).div_(std[:, None])
     held_out = split_features(encoder, val_set, args, stage1, processes) if val_set else None
-    best = None
     for penalty in args.penalty if val_set else args.penalty[:1]:
-        for expert, head in enumerate(encoder.heads):
-            weight, bias = regression(features[expert], labels, penalty)
-            head.weight.data = weight / std[expert]
-            head.bias.data = bias - log_prior - head.weight.data @ mean[expert]
+        fit_heads(encoder.heads, features, labels, penalty)
         accuracy = None
         if val_set:
             top = encoder.heads(held_out).mean(0).argmax(1, keepdim=True).cpu()
-            accuracy = metrics(top, val_set.labels, counts.cpu())["all"]
-            if rank == 0:
-                print(f"classifier, penalty {penalty:g}  val {accuracy:.2f}", file=sys.stderr)
+            accuracy = metrics(top, val_set.labels, labels.bincount())["all"]
+            data.say(f"classifier, penalty {penalty:g}  val {accuracy:.2f}")
         if not best or accuracy > best["accuracy"]:
             heads = copy.deepcopy(encoder.heads.state_dict())
             best = dict(accuracy=accuracy, penalty=penalty, heads=heads)
     encoder.heads.load_state_dict(best.pop("heads"))
-    for value in encoder.heads.state_dict().values() if dist.is_initialized() else ():
-        dist.broadcast(value, 0)  # the same on all processes
     return best
+
+
+def fit_heads(heads, features, labels, penalty):
+    """Fit each head by logistic regression on its features [N, C], and take the class prior off.
+
+    Then it answers as if all classes were equally frequent: logit adjustment (Menon et al., 2021,
+    section 4). The features are standardised, and weight and bias converted so that they apply to
+    the original features.
+    """
+    labels = labels.to(features.device)
+    counts = labels.bincount()
+    for head, of_expert in zip(heads, features):
+        std, mean = torch.std_mean(of_expert, 0)
+        std = std.clamp(min=1e-6)  # a feature that is always 0 keeps weight 0
+        weight, bias = regression((of_expert - mean) / std, labels, penalty)
+        head.weight.data = weight / std
+        head.bias.data = bias - (counts / counts.sum()).log() - head.weight.data @ mean
+    for value in heads.state_dict().values() if dist.is_initialized() else ():
+        dist.broadcast(value, 0)  # the same on all processes
 
 
 def regression(features, labels, penalty):
@@ -193,6 +214,13 @@ def regression(features, labels, penalty):
 
     optimizer.step(objective)
     return weight.detach(), bias.detach()
+
+
+def adapt(heads, shift, temperature=1.0):
+    """Make the heads answer with (logits + shift) / temperature; shift is a number or [classes]."""
+    for head in heads:
+        head.bias.data.add_(torch.as_tensor(shift, device=head.bias.device)).div_(temperature)
+        head.weight.data.div_(temperature)
 
 
 def train_classifier(encoder, train_set, val_set, args, stage1, processes):
@@ -241,8 +269,8 @@ def train_classifier(encoder, train_set, val_set, args, stage1, processes):
         train.average_statistics(encoder)
         accuracy = None
         if val_set:
-            top = top_classes(encoder, val_set, args, stage1, processes)
-            accuracy = metrics(top[0], val_set.labels, counts)["all"]
+            top = split_logits(encoder, val_set, args, stage1, processes)[0].argmax(1, keepdim=True)
+            accuracy = metrics(top, val_set.labels, counts)["all"]
         if best is None or val_set is None or accuracy > best["accuracy"]:
             best = dict(accuracy=accuracy, epoch=epoch, model=copy.deepcopy(encoder.state_dict()))
         if rank == 0:
@@ -291,30 +319,26 @@ def evaluation_loader(dataset, args, stage1, processes, kind=BatchDataset, batch
 
 
 @torch.no_grad()
-def split_features(encoder, dataset, args, stage1, processes, of=lambda features: features):
-    """of(features [E, B, C]) of all images of a split, in order, on all processes: [E, N, C]."""
+def split_features(encoder, dataset, args, stage1, processes):
+    """The features of all images of a split, in order, on all processes: [E, N, C]."""
     _, world, device = processes
     encoder.eval()
     # A process may have no image of a small split.
-    parts = [of(torch.zeros(len(encoder.heads), 0, encoder.heads[0].in_features, device=device))]
+    parts = [torch.zeros(len(encoder.heads), 0, encoder.heads[0].in_features, device=device)]
     for images, _ in evaluation_loader(dataset, args, stage1, processes):
         view = evaluation_view(images.to(device, non_blocking=True), stage1)
-        parts.append(of(features_of(encoder, view, args.amp)))
+        parts.append(features_of(encoder, view, args.amp))
     rows = torch.cat(parts, dim=1)
     size = -(-len(dataset) // world)  # some processes have one image less
     rows = gather(F.pad(rows, (0, 0, 0, size - rows.shape[1]))[None])  # [world, E, size, C]
     return rows.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(dataset)]
 
 
-def top_classes(encoder, dataset, args, stage1, processes):
-    """Five first classes of each image by the mean of logits and by each expert: [1 + E, N, 5]."""
-
-    def top(features):
-        logits = encoder.heads(features)
-        logits = torch.cat([logits.mean(0, keepdim=True), logits])  # [1 + E, B, classes]
-        return logits.topk(min(5, logits.shape[2])).indices
-
-    return split_features(encoder, dataset, args, stage1, processes, of=top).cpu()
+@torch.no_grad()
+def split_logits(encoder, dataset, args, stage1, processes):
+    """The mean of the logits of all experts, and of each, for each image: [1 + E, N, classes]."""
+    of_experts = encoder.heads(split_features(encoder, dataset, args, stage1, processes)).cpu()
+    return torch.cat([of_experts.mean(0, keepdim=True), of_experts])
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -338,33 +362,74 @@ def metrics(top, labels, train_counts):
     return dict(top1=top1, top5=top5, **means, per_class=per_class)
 
 
+def image_weights(labels, prior):
+    """The weight of each image, so that classes count as `prior` [classes] says; the sum is 1."""
+    weights = (prior / labels.bincount(minlength=len(prior)))[labels]
+    return weights / weights.sum()
+
+
+def best_temperature(logits, labels, prior):
+    """T of the probabilities softmax(logits / T): temperature scaling (Guo et al., 2017).
+
+    It minimises the cross-entropy of images with these labels, weighted so that their classes are
+    as frequent as `prior` says. The square keeps it finite if all images are classified correctly.
+    """
+    weights, log_t = image_weights(labels, prior), torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        losses = F.cross_entropy(logits / log_t.exp(), labels, reduction="none")
+        loss = weights @ losses.to(weights.dtype) + log_t.square() / len(labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return log_t.exp().item()
+
+
+def calibration_error(logits, labels, prior, bins=15):
+    """Expected calibration error in percent (Guo et al., 2017, equation 3), weighted as above."""
+    probability, predicted = logits.softmax(1).max(1)
+    gaps = image_weights(labels, prior) * ((predicted == labels).double() - probability)
+    place = (probability * bins).long().clamp(max=bins - 1)
+    return 100 * torch.zeros(bins, dtype=gaps.dtype).index_add(0, place, gaps).abs().sum().item()
+
+
 def table(results, counts):
     """The results as a table to print."""
     titles = dict(many="many-shot, > 100", medium="medium-shot", few="few-shot, < 20")
-    rows = [("", "classes", "training images", "top-1")]
+    split, images = results["reported_on"], torch.tensor(results["reported_counts"])
+    accuracies = torch.tensor([right or 0 for right in results["per_class"]])
+    rows = [("", "classes", "training images", f"{split} images", "top-1")]
     for name, mask in shot_groups(counts).items():
         if mask.any():
-            span = f"{counts[mask].max()} to {counts[mask].min()} each"
+            span, tested = f"{counts[mask].max()} to {counts[mask].min()} each", images[mask].sum()
             accuracy = "-" if results[name] is None else f"{results[name]:.2f}"
-            rows.append((titles[name], int(mask.sum()), span, accuracy))
-    rows.append(("all, mean of classes", len(counts), int(counts.sum()), f"{results['all']:.2f}"))
-    rows.append(("top1, mean of images", "", "", f"{results['top1']:.2f}"))
-    tested = [n for n, right in enumerate(results["per_class"]) if right is not None]
-    weighted = sum(int(counts[n]) * results["per_class"][n] for n in tested) / counts[tested].sum()
-    rows.append(("if classes came as in training", "", "", f"{weighted:.2f}"))
-    lines = ["{:<30}{:>8}{:>20}{:>8}".format(*row) for row in rows]
-    missing, split = results["per_class"].count(None), results["reported_on"]
+            if 0 < tested < 20:
+                accuracy = f"{accuracies[mask] @ images[mask].float() / 100:.0f} of {tested}"
+            rows.append((titles[name], int(mask.sum()), span, int(tested), accuracy))
+    every = len(counts), int(counts.sum()), int(images.sum()), f"{results['all']:.2f}"
+    rows.append(("all, mean of classes", *every))
+    rows.append(("top1, mean of images", "", "", "", f"{results['top1']:.2f}"))
+    weighted = accuracies @ (counts * (images > 0)).float() / counts[images > 0].sum()
+    rows.append(("if classes came as in training", "", "", "", f"{weighted:.2f}"))
+    lines = ["{:<30}{:>8}{:>20}{:>14}{:>10}".format(*row) for row in rows]
+    missing = results["per_class"].count(None)
     if missing:
         lines.append(f"classes without a {split} image, left out: {missing} of {len(counts)}")
     return "\n".join(lines)
 
 
 def worst_confusions(predicted, labels, names, count=3):
-    """Lines such as "Shirt predicted as T-shirt: 23 % of 1000 images", largest rates first."""
+    """Lines such as "Shirt predicted as T-shirt: 23 % of 1000 images", largest rates first.
+
+    Classes of fewer than five images are left out.
+    """
     pairs, times = torch.stack([labels, predicted]).unique(dim=1, return_counts=True)
     totals, wrong = labels.bincount().tolist(), []
     for (label, other), number in zip(pairs.T.tolist(), times.tolist()):
-        if label != other:
+        if label != other and totals[label] >= 5:
             wrong.append((number / totals[label], number, label, other))
     return [
         f"{names[label]} predicted as {names[other]}: {100 * rate:.0f} % of {totals[label]} images"
@@ -404,8 +469,8 @@ def predict(args, saved):
     for path in args.predict:
         found, others = data.find_images(path) if path.is_dir() else ([path], [])
         data.say_left_out(path, others, " ".join(data.IMG_EXTENSIONS))
-        if not found and rank == 0:
-            print(f"eval.py: error: {path} holds no images", file=sys.stderr)
+        if not found:
+            data.say(f"eval.py: error: {path} holds no images")
         unreadable += not found
         paths += found
     paths = list(map(os.fsencode, paths))
@@ -499,7 +564,8 @@ def draw_accuracy(directory, results, names):
             color = next(GROUP_COLORS[group] for group, mask in groups.items() if mask[label])
             draw.rectangle((x, bottom - 3 * accuracy, x + max(0, width - 2), bottom), color)
         if len(order) <= 40:
-            name = caption(f"{names[label]} {counts[label]}", 120).rotate(90, expand=True)
+            text = f"{names[label]} {counts[label]}, {results['reported_counts'][label]}"
+            name = caption(text, 120).rotate(90, expand=True)
             image.paste(name, (x + width // 2 - 9, bottom + 4))
     for n, group in enumerate(group for group in groups if results[group] is not None):
         text = f"{group} {results[group]:.1f}"
@@ -593,7 +659,8 @@ def parse_args():
         if stage1["loss"] not in train.CLASSIFIERS:
             raise BadInput(f"--epochs 0: {checkpoint} has no classifier; --loss ce or la have one")
     defaults = train.values_for(dataset, STAGE2)
-    used = dict(adjusted={"penalty"}, stage1={"epochs"}, balanced=defaults.keys() - {"penalty"})
+    used = dict(adjusted={"penalty", "fit_on"}, stage1={"epochs"})
+    used["balanced"] = defaults.keys() - used["adjusted"]
     for name in sorted(defaults.keys() - used[args.classifier] - {"classifier", "prior"}):
         if getattr(args, name) != defaults[name]:
             flag = name.replace("_", "-")

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -41,6 +42,7 @@ from models import moving_average, smallest_sides
 STAGE = "stage 1 of DSCL + PBSD"
 CLASSIFIERS = ("ce", "la")  # the baselines of --loss that train a classifier
 LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
+STEPS = 2000  # of a run on class folders without --epochs
 
 # ----------------------------------------------------------------------------------------- the step
 
@@ -137,6 +139,9 @@ def main():
     fit_batch(args, len(train_set))
     if args.batch_size < 2 * world:
         raise BadInput(f"--batch-size {args.batch_size}: BatchNorm needs two images a process")
+    baseline = args.loss in CLASSIFIERS
+    if not args.epochs:  # the baselines get twice the steps, which take about the same time
+        args.epochs = math.ceil((1 + baseline) * STEPS / (len(train_set) // args.batch_size))
     saved = resume(path, STAGE, args, device)
     first = saved["step"] if saved else 0
     ranks = dict(seed=args.seed, start=first, rank=rank, world=world)
@@ -145,7 +150,6 @@ def main():
 
     torch.manual_seed(args.seed)  # every process starts with the same weights
     counts = train_set.labels.bincount().to(device)
-    baseline = args.loss in CLASSIFIERS
     encoder = Encoder(args.arch, args.experts, len(counts) if baseline else None)
     if args.pretrained != "none" and not saved:
         try:
@@ -170,6 +174,8 @@ def main():
         for name, part in state.items():
             part.load_state_dict(saved.pop(name))
 
+    if data.DATASETS[args.dataset].get("held"):
+        train_set.hold(args, threads=args.workers + 1)
     crops = BatchDataset(train_set, args, crops=1 if baseline else 2)
     loader = load_batches(crops, batches, args.workers, device)
     model = encoder
@@ -181,8 +187,12 @@ def main():
         print(f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
               f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}, "
               f"{args.workers} workers each", file=sys.stderr)
+        if device.type == "cpu" and args.dataset == "imagefolder":
+            print("the defaults of imagefolder take hours on a CPU, those of small_imagefolder "
+                  "minutes", file=sys.stderr)
 
     total = count = 0  # since the last record: sums of the loss and its terms, and number of steps
+    terms, stop = "", Stop()
     logged_at = saved_at = time.monotonic()
     for step, (images, labels) in enumerate(loader, first):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, per_epoch, args)
@@ -196,28 +206,35 @@ def main():
         total, count = total + torch.stack(list(values.values())).detach(), count + 1
         done = step + 1
         of_epoch = done % per_epoch  # steps of this epoch so far; 0 at its end
+        epoch = f"epoch {done / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
         if of_epoch % LOG_EVERY:
+            if rank == 0:
+                progress.show(done, f"{epoch}{terms}")
             continue
 
-        means = gather((total / count)[None]).mean(0)
+        stopping = torch.full_like(total[:1], stop.asked)
+        means = gather(torch.cat([total / count, stopping])[None]).mean(0)
         check_finite([means, *encoder.parameters()], done, lr)
         average_statistics(encoder)
+        *means, stopping = means.tolist()
         if rank == 0:
             now = time.monotonic()
             rate, logged_at = round(count * args.batch_size / (now - logged_at), 1), now
             record = dict(epoch=math.ceil(done / per_epoch), step=done)
-            record |= dict(zip(values, means.tolist()), lr=lr, images_per_second=rate)
+            record |= dict(zip(values, means), lr=lr, images_per_second=rate)
             print(json.dumps(record), file=log)
-            terms = "  ".join(f"{name} {record[name]:.4g}" for name in values)
-            epoch = f"epoch {done / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
-            progress.show(done, f"{epoch}  {terms}  {rate:.0f} images/s")
+            terms = "".join(f"  {name} {record[name]:.4g}" for name in values)
+            terms += f"  {rate:.0f} images/s"
+            progress.show(done, f"{epoch}{terms}")
             # At the end of an epoch a checkpoint is written if the last one is a minute old.
             minutes = args.save_minutes if of_epoch else min(1, args.save_minutes)
-            if done == steps or now - saved_at >= 60 * minutes:
+            if done == steps or stopping or now - saved_at >= 60 * minutes:
                 os.fsync(log.fileno())  # on disk first: it has every record up to the checkpoint
                 parts = {name: part.state_dict() for name, part in state.items()}
                 save(path, dict(stage=STAGE, args=to_json(args), step=done, **parts))
                 logged_at = saved_at = time.monotonic()
+        if stopping:
+            raise KeyboardInterrupt
         total = count = 0
     if rank == 0:
         print(f"done: {path}; stage 2: python eval.py --output {args.output}", file=sys.stderr)
@@ -369,13 +386,26 @@ def fit_batch(args, count):
     """Lower a batch size above the training set's size to the largest power of two that fits."""
     if args.batch_size > count:
         fitting = 2 ** (count.bit_length() - 1)
-        if data.RANK == 0:
-            print(f"--batch-size {args.batch_size} is lowered to {fitting}: the training set has "
-                  f"{count} images", file=sys.stderr)
+        data.say(f"--batch-size {args.batch_size} is lowered to {fitting}: the training set has "
+                 f"{count} images")
         args.batch_size = fitting
 
 
 # --------------------------------------------------------------------------------- saving, resuming
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end a run at its next record, after saving; a second Ctrl-C at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        data.say(f"{data.CLEAR}saving a checkpoint at the next record; Ctrl-C: stop at once")
 
 
 def check_finite(tensors, step, lr):
@@ -427,7 +457,7 @@ def to_json(args):
 
 # Arguments that may change when a run continues: of both stages, then of one of them.
 MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
-MAY_CHANGE |= {"images", "views", "checkpoint", "plots", "export", "predict", "summary"}
+MAY_CHANGE |= {"images", "views", "checkpoint", "plots", "export", "predict", "summary", "fit_on"}
 
 
 def comparable(settings, ignored=MAY_CHANGE):
@@ -521,8 +551,8 @@ STAGE1 = [
     ("pretrained", "none", None, "weights to start from: a file, torchvision's name, or none",
      {PLACES: "IMAGENET1K_V1"}),
     ("experts", 1, (1, 16), "experts that share the first stages; their logits are averaged", {}),
-    ("epochs", 200, (1, 1e6), "passes over the training set",
-     {PLACES: 30, INATURALIST: 100, FOLDER: 400, FASHION: 120}),
+    ("epochs", 200, (0, 1e6), f"passes over the training set; 0: {STEPS} steps, baselines twice",
+     {PLACES: 30, INATURALIST: 100, FOLDER: 0, SMALL: 0, CIFAR: 200, FASHION: 120}),
     ("warmup", 0.05, (0, 1), "fraction of the run in which the learning rate rises",
      {PLACES: 0.0667, FOLDER: 0.025, SMALL: 0.025, FASHION: 0.0417}),
     ("batch_size", 256, (1, 1e6), "images in a step of all processes", {FOLDER: 128, SMALL: 128}),
@@ -543,6 +573,8 @@ STAGE2 = [
      "and the class prior, no learning rate", {FOLDER: "adjusted", SMALL: "adjusted"}),
     ("prior", "balanced", ("balanced", "training"),
      "predict as if all classes were equally frequent, or as frequent as in training", {}),
+    ("fit_on", "train", ("train", "all"), "all: when the accuracy has been measured, fit adjusted "
+     "on all splits, for predictions", {}),
     ("penalty", [3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1], (0, 1e6), "on the squared weights, for "
      "adjusted: the best on val, or the first. The flags below are for balanced", {CIFAR: [1e-3]}),
     ("epochs", 40, (0, 1e6),

@@ -13,7 +13,8 @@ from PIL import Image
 import eval as stage2
 import train
 from data import BadInput, ImageArrays
-from eval import classifier_of, features_of, metrics, regression, table, worst_confusions
+from eval import best_temperature, calibration_error, classifier_of, features_of, metrics
+from eval import regression, table, worst_confusions
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,8 @@ def predictions(rights, wrongs):
 def test_metrics_are_class_means_by_group_and_none_for_empty_groups():
     counts = torch.tensor([500, 200, 50, 30, 10])
     top, labels = predictions([2, 2, 1, 0, 1], [0, 2, 1, 2, 1])
-    results = metrics(top, labels, counts) | dict(reported_on="test")
+    results = metrics(top, labels, counts)
+    results |= dict(reported_on="test", reported_counts=labels.bincount(minlength=5).tolist())
     assert results["per_class"] == [100, 50, 50, 0, 50]
     assert (results["many"], results["medium"], results["few"]) == (75, 25, 50)
     assert results["all"] == 50 and results["top1"] == 100 * 6 / 12 == results["top5"]
@@ -40,7 +42,8 @@ def test_metrics_are_class_means_by_group_and_none_for_empty_groups():
     assert metrics(top, labels, counts + 100)["few"] is None
     printed = table(results, counts)
     lines = printed.splitlines()
-    assert "75.00" in lines[1] and "500 to 200 each" in lines[1] and len(lines) == 7
+    assert lines[1].split("each")[1].split() == ["6", "4", "of", "6"] and len(lines) == 7
+    assert "500 to 200 each" in lines[1] and lines[4].split()[-3:] == ["790", "12", "50.00"]
     expected = (500 * 100 + 200 * 50 + 50 * 50 + 10 * 50) / 790
     assert lines[-1].split() == f"if classes came as in training {expected:.2f}".split()
 
@@ -48,7 +51,8 @@ def test_metrics_are_class_means_by_group_and_none_for_empty_groups():
 def test_classes_without_test_images_are_left_out_and_reported():
     counts = torch.tensor([500, 200, 50, 30, 10])
     top, labels = predictions([2, 0, 1, 0, 0], [0, 0, 1, 2, 0])
-    results = metrics(top, labels, counts) | dict(reported_on="test")
+    results = metrics(top, labels, counts)
+    results |= dict(reported_on="test", reported_counts=labels.bincount(minlength=5).tolist())
     assert results["per_class"] == [100, None, 50, 0, None]
     assert (results["many"], results["medium"], results["few"]) == (100, 25, None)
     assert results["all"] == 50 and results["top1"] == 50
@@ -62,13 +66,42 @@ def test_worst_confusions_are_listed_by_rate():
     labels = torch.tensor([0] * 10 + [1] * 10 + [2] * 4)
     predicted = torch.tensor([0] * 6 + [1] * 4 + [0] + [1] * 9 + [1, 1, 2, 2])
     names = ["Shirt", "T-shirt", "Coat"]
-    assert worst_confusions(predicted, labels, names) == [
-        "Coat predicted as T-shirt: 50 % of 4 images",
+    assert worst_confusions(predicted, labels, names) == [  # four coats say too little
         "Shirt predicted as T-shirt: 40 % of 10 images",
         "T-shirt predicted as Shirt: 10 % of 10 images",
     ]
-    predicted[-4:] = 2
-    assert len(worst_confusions(predicted, labels, names)) == 2  # always right: not named
+    predicted[10:20] = 1
+    assert len(worst_confusions(predicted, labels, names)) == 1  # always right: not named
+
+
+def test_temperature_makes_the_probabilities_those_of_the_labels():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20000, 3, generator=generator)
+    labels = logits.softmax(1).multinomial(1, generator=generator)[:, 0]  # calibrated
+    prior = labels.bincount()
+    for factor in (0.5, 1, 4):
+        temperature = best_temperature(factor * logits, labels, prior)
+        assert temperature == pytest.approx(factor, rel=0.05)
+        assert calibration_error(factor * logits / temperature, labels, prior) < 1.5
+    assert calibration_error(4 * logits, labels, prior) > 20
+    # Classes count as prior says, however many images they have here.
+    logits *= torch.tensor([1.0, 1.0, 6.0])[labels, None]
+    rows = torch.cat([torch.arange(20000), *[(labels == 2).nonzero()[:, 0]] * 5])
+    expected = best_temperature(logits, labels, prior)
+    assert best_temperature(logits[rows], labels[rows], prior) == pytest.approx(expected, rel=1e-3)
+    other = best_temperature(logits[rows], labels[rows], labels[rows].bincount())
+    assert abs(other - expected) > 0.1
+    certain = 9 * torch.eye(3)  # no error, but three images prove little
+    assert 0.1 < best_temperature(certain, torch.arange(3), torch.ones(3)) < 10
+
+
+def test_calibration_error_is_the_weighted_gap_of_its_bins():
+    logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.45, 0.55], [0.3, 0.7]]).log()
+    labels = torch.tensor([0, 1, 1, 1])
+    # Bins [0.53, 0.6), [0.67, 0.73) and [0.87, 0.93) of 15; class 0 has one image, class 1 three.
+    gaps = 0.5 * (1 - 0.9) + (0 - 0.9) / 6, (1 - 0.55) / 6, (1 - 0.7) / 6
+    expected = 100 * sum(map(abs, gaps))
+    assert calibration_error(logits, labels, torch.ones(2)) == pytest.approx(expected)
 
 
 class Ranks(torch.nn.Module):
@@ -93,7 +126,7 @@ class Ranks(torch.nn.Module):
 
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (3, 0), (60, 0)])
-def test_top_classes_do_not_depend_on_processes_and_workers(world, workers, monkeypatch):
+def test_logits_do_not_depend_on_processes_and_workers(world, workers, monkeypatch):
     labels = torch.arange(50) % 8
     images = torch.arange(50)[:, None, None, None].expand(-1, 3, 2, 2) % 8
     dataset = ImageArrays(images.to(torch.uint8), labels, "made")
@@ -101,12 +134,12 @@ def test_top_classes_do_not_depend_on_processes_and_workers(world, workers, monk
     args, parts = argparse.Namespace(workers=workers, amp="off"), []
     monkeypatch.setattr(stage2, "gather", lambda part: parts.append(part) or part)
     for rank in range(world):
-        stage2.top_classes(Ranks(), dataset, args, cfg, (rank, world, CPU))
+        stage2.split_logits(Ranks(), dataset, args, cfg, (rank, world, CPU))
     gathered = torch.cat(parts)
     monkeypatch.setattr(stage2, "gather", lambda part: gathered)
-    top = stage2.top_classes(Ranks(), dataset, args, cfg, (0, world, CPU))
-    assert top.shape == (4, 50, 5)
-    mean, ranks, sure, wrong = top
+    logits = stage2.split_logits(Ranks(), dataset, args, cfg, (0, world, CPU))
+    assert logits.shape == (4, 50, 8)
+    mean, ranks, sure, wrong = logits.topk(5).indices
     # The logit 2.5 ranks behind 7, 6, 5, 4 and 3, unless it has replaced one of them.
     assert torch.equal((ranks == labels[:, None]).any(1), labels >= 3)
     assert torch.equal(sure[:, 0], labels) and torch.equal(wrong[:, 0], (labels + 1) % 8)
@@ -264,6 +297,7 @@ def test_exported_weights_give_the_same_logits_in_torchvision(arch, tmp_path):
 
 def test_accuracy_bars_have_the_right_height_and_group_colour(tmp_path):
     results = dict(counts=[10, 500, 50], per_class=[100.0, 50.0, None], reported_on="test")
+    results["reported_counts"] = [7, 7, 0]
     results |= dict(many=50.0, medium=None, few=100.0, all=75.0)  # bags have no test image
     stage2.draw_accuracy(tmp_path, results, ["bööts", "shirts", "bags"])
     many, few = stage2.GROUP_COLORS["many"], stage2.GROUP_COLORS["few"]

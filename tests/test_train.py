@@ -363,7 +363,7 @@ def test_predictions_match_the_accuracy_of_stage_2(loss, imagenet_tree, tmp_path
     assert f"{tmp_path}/gone.jpg cannot be read as an image (No such file" in said
     (files / "class 0" / "a.heic").write_bytes(b"")
     said = call(stage2, "--output", run, "--workers", 0, "--predict", files / "class 0").err
-    assert "class 0: 1 files are left out (1 .heic); only .jpg" in said
+    assert "class 0: 1 files are left out (1 .heic; first a.heic); only .jpg" in said
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as end:
         call(stage2, "--output", run, "--workers", 0, "--predict", tmp_path / "empty")
@@ -536,19 +536,23 @@ def test_prior_of_training_multiplies_the_probabilities_by_the_frequencies(
 ):
     options = ["--data-root", small_root, "--output", tmp_path, "--epochs", 1, *TINY[2:]]
     call(train, *options, "--loss", loss, "--experts", 2)
-    models, tables = [], []
+    models, tables, temperatures = [], [], []
     for prior in ("balanced", "training"):
         own = ["--epochs", 0] if loss == "ce" else ["--penalty", 0.1]
         given = ["--checkpoint", tmp_path / "checkpoint.pth", "--output", tmp_path / prior]
         tables.append(call(stage2, *given, *own, "--prior", prior).out)
-        assert json.loads((tmp_path / prior / "results.json").read_text())["prior"] == prior
+        results = json.loads((tmp_path / prior / "results.json").read_text())
+        assert results["prior"] == prior
+        temperatures.append(results["temperature"])
         state = torch.load(tmp_path / prior / "model.pth", weights_only=True)["model"]
         encoder = Encoder("resnet_tiny", experts=2, classes=10)
         encoder.load_state_dict(state)
         models.append(encoder.heads)
     frequencies = load_dataset("fashion_mnist_lt", small_root)["train"].labels.bincount().double()
     features = torch.randn(2, 5, 96)
-    balanced, training = (heads(features).mean(0).double().softmax(1) for heads in models)
+    # Each model's probabilities are calibrated by a temperature of its own.
+    logits = [t * heads(features).mean(0).double() for t, heads in zip(temperatures, models)]
+    balanced, training = (of_model.softmax(1) for of_model in logits)
     expected = balanced * frequencies
     expected /= expected.sum(1, keepdim=True)
     torch.testing.assert_close(training, expected, rtol=1e-5, atol=0)
@@ -556,6 +560,63 @@ def test_prior_of_training_multiplies_the_probabilities_by_the_frequencies(
     assert weighted[1] > weighted[0]
     if loss == "ce":  # plain cross-entropy answers for the frequencies of training
         assert torch.equal(models[1][0].bias, checkpoint(tmp_path)["encoder"]["heads.0.bias"])
+
+
+def test_probabilities_are_calibrated_on_val_and_predictions_stay(trained, tmp_path, call):
+    given = ["--checkpoint", trained[0] / "checkpoint.pth", "--penalty", 0.1, "--output"]
+    printed = call(stage2, *given, tmp_path / "a").out
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["temperature"] != 1 and results["classes"][0] == "T-shirt"
+    before, after = results["calibration_error"].values()
+    assert f"calibration error {after:.1f}, before {before:.1f}" in printed and after < before
+    call(stage2, *given[:2], "--output", tmp_path / "b", *BALANCED, "--epochs", 1)
+    assert json.loads((tmp_path / "b" / "results.json").read_text())["temperature"] > 0
+
+    # The final classifier may see all images; the accuracies are those of the honest one.
+    heads = torch.load(tmp_path / "a" / "model.pth", weights_only=True)["model"]["heads.0.weight"]
+    call(stage2, *given, tmp_path / "a", "--fit-on", "all")
+    again = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert again["fit_on"] == "all" and results["fit_on"] == "train"
+    assert again["per_class"] == results["per_class"]
+    model = torch.load(tmp_path / "a" / "model.pth", weights_only=True)["model"]
+    assert 0.01 < (model["heads.0.weight"] - heads).abs().max() / heads.abs().max() < 1
+    with pytest.raises(BadInput, match="--fit-on: this flag is not for the classifier balanced"):
+        call(stage2, *given[:2], "--output", tmp_path / "b", *BALANCED, "--fit-on", "all")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_saved_at_its_next_record_and_goes_on(
+    number, small_root, tmp_path, call, monkeypatch, capsys
+):
+    options = ["--data-root", small_root, *TINY[:-2], "--output"]
+    call(train, *options, tmp_path / "whole")
+    rate, default = train.learning_rate, signal.getsignal(signal.SIGINT)
+
+    def stop(step, *given):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return rate(step, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop)
+        code, _, said = command(patch, capsys, train, *options, tmp_path / "stopped")
+    assert code == 130 and "saving a checkpoint at the next record" in said
+    assert checkpoint(tmp_path / "stopped")["step"] == 9
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a second one: at once
+    call(train, *options, tmp_path / "stopped")
+    signal.signal(signal.SIGINT, default)
+    assert states_equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "stopped"))
+    assert records(tmp_path / "whole")[1] == records(tmp_path / "stopped")[1]
+
+
+def test_runs_on_class_folders_have_steps_instead_of_epochs(tmp_path, call, monkeypatch):
+    folders(tmp_path, train=dict(ant=20, bee=20))
+    monkeypatch.setattr(train, "STEPS", 3)
+    options = ["--dataset", "small_imagefolder", "--data-root", tmp_path, "--batch-size", 8]
+    for loss, epochs in (("dscl", 1), ("la", 2)):  # 3 batches an epoch; la has twice the steps
+        call(train, *options, "--workers", 0, "--loss", loss, "--output", tmp_path / loss)
+        assert checkpoint(tmp_path / loss)["args"]["epochs"] == epochs
+        assert checkpoint(tmp_path / loss)["step"] == 3 * epochs
 
 
 def test_diverging_run_stops_and_keeps_its_last_good_checkpoint(
