@@ -400,7 +400,8 @@ class Stop:
     def __init__(self):
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as in the background of a script
+                signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         self.asked = True
@@ -469,6 +470,10 @@ def comparable(settings, ignored=MAY_CHANGE):
     return flat
 
 
+OTHER_IMAGES = ("train again with another --output; or, if test images have a folder of their own, "
+                "fit a classifier on this stage 1: eval.py --checkpoint ... --output NEW")
+
+
 def refuse_differences(path, before, args):
     """BadInput if the arguments of the run that wrote `path` differ from this run's."""
     before, now = comparable(before), comparable(to_json(args))
@@ -478,7 +483,10 @@ def refuse_differences(path, before, args):
         differences = "; ".join(f"{n} was {a:.70}, now {b:.70}" for n, (a, b) in pairs.items())
         checkpoint = getattr(args, "checkpoint", None)  # of eval.py
         choose = f"--checkpoint {checkpoint} with another" if checkpoint else "another"
-        raise BadInput(f"{path} belongs to another run ({differences}); choose {choose} --output")
+        advice = f"choose {choose} --output"
+        if "training_images" in differ and not checkpoint:
+            advice = OTHER_IMAGES
+        raise BadInput(f"{path} belongs to another run ({differences}); {advice}")
 
 
 def resume(path, stage, args, device):
