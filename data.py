@@ -50,38 +50,32 @@ RATIO = (3 / 4, 4 / 3)  # range of the aspect ratio of all crops
 
 # ----------------------------------------------------------------------- what the data sets are
 
-# "npz" and "cifar" are held in memory and cropped on the device; images of "index" and "folder" are
-# decoded and cropped by worker processes. train.py has the settings for each data set.
+# Data sets with "npz" or "cifar" are held in memory and cropped on the device; images of those with
+# an "index" or with class folders are decoded and cropped by worker processes. train.py has the
+# settings for each data set.
+FASHION = "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split()
 DATASETS = {
-    "fashion_mnist_lt": dict(
-        source="npz",
-        names="T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split(),
-    ),
-    "cifar10_lt": dict(source="cifar", files=CIFAR10),
-    "cifar100_lt": dict(source="cifar", files=CIFAR100),
-    "imagenet_lt": dict(
-        source="index", index="ImageNet_LT", published=dict(train=115846, val=20000, test=50000)
-    ),
-    "places_lt": dict(
-        source="index", index="Places_LT", published=dict(train=62500, val=7300, test=36500)
-    ),
-    "inaturalist18": dict(  # it has no test split
-        source="index", index="iNaturalist18", published=dict(train=437513, val=24426)
-    ),
-    "imagefolder": dict(source="folder"),
-    "small_imagefolder": dict(source="folder", held=True),
+    "fashion_mnist_lt": dict(npz="fashion_mnist_lt.npz", names=FASHION),
+    "cifar10_lt": dict(cifar=CIFAR10),
+    "cifar100_lt": dict(cifar=CIFAR100),
+    "imagenet_lt": dict(index="ImageNet_LT", published=dict(train=115846, val=20000, test=50000)),
+    "places_lt": dict(index="Places_LT", published=dict(train=62500, val=7300, test=36500)),
+    # It has no test split.
+    "inaturalist18": dict(index="iNaturalist18", published=dict(train=437513, val=24426)),
+    "imagefolder": dict(),
+    "small_imagefolder": dict(held=True),
 }
 DEFAULT = "fashion_mnist_lt"
 
 
 def in_memory(name):
     """Whether a data set is held in memory and cropped on the device."""
-    return DATASETS[name]["source"] in ("npz", "cifar")
+    return "npz" in DATASETS[name] or "cifar" in DATASETS[name]
 
 
 def default_root(name):
     """Where a data set's images are without --data-root: in datasets/NAME, or in the repository."""
-    return HERE / "tests" if DATASETS[name]["source"] == "npz" else Path("datasets") / name
+    return HERE / "tests" if "npz" in DATASETS[name] else Path("datasets") / name
 
 
 class BadInput(Exception):
@@ -451,23 +445,23 @@ def load_dataset(name, root=None, index_dir=None, imbalance=None, download=False
     val and test. BadInput names what is missing or wrong; images on disk are not opened here.
     """
     entry, root = DATASETS[name], Path(root or default_root(name))
-    if entry["source"] != "cifar" and (imbalance or download):
+    if "cifar" in entry:
+        sets = read_cifar(entry["cifar"], root, imbalance or 100, download)
+    elif imbalance or download:
         raise BadInput(f"--imbalance and --download are for cifar10_lt and cifar100_lt, not {name}")
-    if entry["source"] != "cifar" and not root.is_dir():
+    elif not root.is_dir():
         raise BadInput(f"{root} is not a directory: put or link the images of {name} there, or "
                        "give their directory as --data-root; data.py --help describes its contents")
-    if entry["source"] == "npz":
-        sets = read_npz(root / f"{name}.npz", entry["names"])
-    elif entry["source"] == "cifar":
-        sets = read_cifar(entry["files"], root, imbalance or 100, download)
-    elif entry["source"] == "folder":
-        sets = read_folders(root)
-    else:
+    elif "npz" in entry:
+        sets = read_npz(root / entry["npz"], entry["names"])
+    elif "index" in entry:
         sets, classes = {}, None
         for split in entry["published"]:
             sets[split] = read_index(entry["index"], split, root, Path(index_dir or root), classes)
             classes = int(sets["train"].labels.max()) + 1
         sets["train"].names = names_of_folders(sets["train"])
+    else:
+        sets = read_folders(root)
     origin, counts = sets["train"].origin, sets["train"].labels.bincount()
     if not counts.all():
         empty, last = int(counts.argmin()), len(counts) - 1
@@ -765,7 +759,7 @@ def add_data_flags(parser, default=DEFAULT):
     flag("--dataset", default=default, choices=DATASETS, help=text)
     dataset = parser.parse_known_args()[0].dataset
     flag("-h", "--help", action="help", help="show this and exit")
-    root, cifar = default_root(dataset), DATASETS[dataset]["source"] == "cifar"
+    root, cifar = default_root(dataset), "cifar" in DATASETS[dataset]
     text = f"directory of the images (default: {root})"
     flag("--data-root", type=Path, default=root, metavar="DIR", help=text)
     text = "directory of the index files (default: --data-root)"
