@@ -623,28 +623,27 @@ def find_splits(root):
 
 def read_folders(root):
     """The splits of root/{train,val,test}/<class>/*, or of root/<class>/*, which is then train."""
-    places, samples = find_splits(root), dict(train=[], val=[], test=[])
-    samples |= {split: read_classes(place, root) for split, place in places.items()}
-    train, missing = samples["train"], [split for split in HELD_OUT if not samples[split]]
+    places = find_splits(root)
+    samples = {split: read_classes(place, root) for split, place in places.items()}
+    train, missing = samples.get("train"), [split for split in HELD_OUT if not samples.get(split)]
     if not train:
         raise BadInput(f"{places.get('train', root / 'train')}: no images in class folders; they "
                        f"belong in {root}/<class>/, or in {root}/train/<class>/ with val/ and "
                        "test/ beside train/")
-    label_of = {name: label for label, name in enumerate(sorted({name for _, name in train}))}
-    for split, part in samples.items():
-        for name in sorted({name for _, name in part} - label_of.keys()):
-            raise BadInput(f"{places[split] / name} has images, but train has no class {name}: "
-                           "add training images, or move them away")
     splits = hold_out(*zip(*train), missing)
     for split in ("train", *missing):
         samples[split] = [sample for sample, of in zip(train, splits) if of == split]
     if not (samples["val"] or samples["test"]):
         raise BadInput(f"{places['train']}: no class has the three images needed to hold one out "
                        f"for testing; put images of some classes into {root}/test/<class>/")
+    label_of = {name: label for label, name in enumerate(sorted({name for _, name in train}))}
     sets = {}
-    for split in filter(samples.get, samples):
-        paths, labels = zip(*((path, label_of[name]) for path, name in samples[split]))
-        origin = f"{root}/{split}"
+    for split in filter(samples.get, ("train", "val", "test")):
+        paths, names = zip(*samples[split])
+        for name in sorted(set(names) - label_of.keys()):
+            raise BadInput(f"{places[split] / name} has images, but train has no class {name}: "
+                           "add training images, or move them away")
+        labels, origin = [label_of[name] for name in names], f"{root}/{split}"
         sets[split] = ImageFiles(root, paths, labels, origin, list(label_of), upright=True)
     return sets
 
