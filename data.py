@@ -609,8 +609,7 @@ def find_splits(root):
     folders = {path: any(part.is_dir() for part in path.glob("[!.@]*")) for path in folders}
     splits = {SPLIT_OF[p.name.lower()]: p for p in folders if p.name.lower() in SPLIT_OF}
     if any(folders[path] for path in splits.values()):
-        others = [path for path in folders if path not in splits.values()]
-        unclear = [path for path in others if find_images(path)[0]]
+        unclear = [p for p in folders if p not in splits.values() and find_images(p)[0]]
     else:
         splits, alike = {"train": root}, [p for p in folders if re.search(LIKE_A_SPLIT, p.name)]
         unclear = [path for path in alike if folders[path] or alike == list(folders)]
