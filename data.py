@@ -544,7 +544,7 @@ def read_index(index, split, root, directory, classes=None):
     return ImageFiles(root, flat if there == [False, True] else paths, labels, path)
 
 
-HELD_OUT = {"test": 0.2, "val": 0.1}  # fractions of each class
+HELD_OUT = {"test": 0.2, "val": 0.1}  # fractions of each class, as CONTENTS explains
 SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LIKE_A_SPLIT = r"(?i)(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|elopment|uation)?(?![a-z])"
 
@@ -648,11 +648,7 @@ def read_folders(root):
 
 
 def hold_out(paths, labels, missing):
-    """The split of each training image: "train", or one of the `missing` splits.
-
-    By the hash of the path a fifth of each class is test and a tenth val, at least one each, but
-    none of a class of one or two images.
-    """
+    """The split of each training image by the hash of its path: "train", or one of `missing`."""
     splits, rows_of = ["train"] * len(paths), {}
     for row in sorted(range(len(paths)), key=lambda row: sha256(paths[row]).digest()):
         rows_of.setdefault(labels[row], []).append(row)
