@@ -301,11 +301,10 @@ class ImageFiles(ImageArrays):
     """Images on disk: their paths below root, labels int64 [N], and class names or None."""
 
     def __init__(self, root, paths, labels, origin, names=None, upright=False):
-        self.root, self.origin, self.names = root, origin, names
+        paths = np.asarray(paths)  # an array of bytes, which workers share
+        super().__init__(paths, torch.as_tensor(labels, dtype=torch.long), origin, names)
+        self.root, self.paths, self.held = root, paths, None
         self.upright = upright  # turn images as EXIF says, which papers of the benchmarks do not
-        self.images = self.paths = np.asarray(paths)  # an array of bytes, which workers share
-        self.labels = torch.as_tensor(labels, dtype=torch.long)
-        self.held = None
 
     def path(self, index):
         return self.root / os.fsdecode(self.paths[index])
