@@ -53,18 +53,18 @@ def main():
     rank, _, device = processes = train.start(args)
     args.stage1 = saved["args"] | dict(step=saved["step"])
     sets = data.load_dataset(stage1.dataset, args.data_root, args.index_dir, args.imbalance)
-    counts = sets["train"].labels.bincount()
-    names, log_prior = sets["train"].names, (counts / counts.sum()).log()
+    train_set = sets["train"]
+    counts, names = train_set.labels.bincount(), train_set.names
     if names != stage1.classes:
         differ = [f"{a} and {b}" for a, b in zip(stage1.classes, names) if a != b]
         raise BadInput(f"{args.checkpoint}: the classes are not those of training "
                        f"({', '.join(differ[:3])}): rename their folders back, or train again")
-    if sets["train"].fingerprint() != stage1.training_images:
+    if train_set.fingerprint() != stage1.training_images:
         raise BadInput(f"{args.checkpoint} was trained on {stage1.training_images}, these are "
-                       f"{sets['train'].fingerprint()}: some test images could have been used for "
+                       f"{train_set.fingerprint()}: some test images could have been used for "
                        "training; val/ and test/ may change, other images need a new training")
     if args.classifier == "balanced":
-        train.fit_batch(args, len(sets["train"]))
+        train.fit_batch(args, len(train_set))
     of_stage1 = args.classifier == "stage1"  # --epochs 0
     encoder = classifier_of(stage1, saved.pop("encoder"), len(counts), args.seed, of_stage1)
     encoder = encoder.to(device, memory_format=torch.channels_last)
@@ -74,22 +74,21 @@ def main():
             raise BadInput(f"{directory} cannot be written")
 
     # The classifier is chosen on val if there is a test set to report on, else val is reported.
-    train_set, reported = sets["train"], "test" if "test" in sets else "val"
+    reported = "test" if "test" in sets else "val"
     val_set = sets.get("val") if reported == "test" and not of_stage1 else None
     chosen, path = dict(accuracy=None), args.output / "results.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no results so far
         earlier = json.loads(path.read_text())["arguments"]
         earlier["stage1"]["step"] = saved["step"]  # results of fewer steps may be replaced
         train.refuse_differences(path, earlier, args)
-    if args.classifier == "balanced":
-        chosen = train_classifier(encoder, train_set, val_set, args, stage1, processes)
-    if args.classifier == "adjusted":
-        chosen = fit_classifier(encoder, train_set, val_set, args, stage1, processes)
+    if not of_stage1:
+        fit = fit_classifier if args.classifier == "adjusted" else train_classifier
+        chosen = fit(encoder, train_set, val_set, args, stage1, processes)
     # All classifiers but that of plain cross-entropy answer for equally frequent classes.
-    answers_for = "training" if of_stage1 and stage1.loss == "ce" else "balanced"
-    sign = (args.prior == "training") - (answers_for == "training")
+    sign = (args.prior == "training") - (of_stage1 and stage1.loss == "ce")
+    shift = sign * (counts / counts.sum()).log()
     prior = counts.double() if args.prior == "training" else torch.ones(len(counts))
-    adapt(encoder.heads, sign * log_prior)
+    adapt(encoder.heads, shift)
     temperature = 1.0
     if val_set:
         logits = split_logits(encoder, val_set, args, stage1, processes)[0]
@@ -116,7 +115,7 @@ def main():
         features = [split_features(encoder, of, args, stage1, processes) for of in sets.values()]
         everything = torch.cat([of.labels for of in sets.values()])
         fit_heads(encoder.heads, torch.cat(features, dim=1), everything, chosen["penalty"])
-        adapt(encoder.heads, sign * log_prior)
+        adapt(encoder.heads, shift)
     adapt(encoder.heads, 0, temperature)
     if rank > 0:
         return
