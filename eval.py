@@ -471,8 +471,7 @@ def predict(args, saved):
         if not found:
             data.say(f"eval.py: error: {path} holds no images")
         unreadable += not found
-        paths += found
-    paths = list(map(os.fsencode, paths))
+        paths += map(os.fsencode, found)
     files = data.ImageFiles(Path(), paths, [0] * len(paths), "", upright=True)
     loader = evaluation_loader(files, args, stage1, processes, ReadableImages)
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names may be any bytes
