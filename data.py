@@ -221,13 +221,9 @@ def photometric(images, draws, cfg, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0
 
 
 def random_view(images, draws, cfg):
-    """A random view of uint8 images: float [B, C, V, V] in [0, 1], flipped with probability 1/2.
-
-    Images on disk come as crops [B, C, V, V] from the worker process that decoded them; images held
-    in memory come whole and are cropped here.
-    """
+    """A random view of uint8 images: float [B, C, V, V] in [0, 1], flipped with probability 1/2."""
     images = images.float() / 255
-    if in_memory(cfg.dataset):
+    if in_memory(cfg.dataset):  # else they are crops from the worker process that decoded them
         boxes = random_boxes(draws, images.shape[-1], cfg.crop_scale)
         images = crop(images, boxes, cfg.view_size)
     return random_flip(images, draws)
