@@ -545,17 +545,15 @@ LIKE_A_SPLIT = r"(?i)(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|elopment
 
 
 def find_images(folder):
-    """The images below a folder, sorted, and its other files.
-
-    Each real folder is read once. What is in folders that begin with . or @ are other files.
-    """
+    """The images below a folder, sorted, and its other files, among them hidden images."""
     images, others, seen = [], [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link, which may lead to a folder above
+        if real in seen:  # a link, perhaps to a folder above: each real folder is read once
             folders.clear()
         for name in names:
             path = os.path.join(place, name)
+            # The name begins with a dot, or that of a folder with a dot or @.
             hidden = re.search(r"/(\.|@[^/]*/)", path[len(str(folder)) :])
             read = name.lower().endswith(IMG_EXTENSIONS) and not hidden and real not in seen
             (images if read else others).append(path)
