@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from hashlib import sha256
-from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -648,8 +647,8 @@ def hold_out(paths, labels, missing):
     for rows in rows_of.values():
         remaining = iter(rows)
         for split in missing if len(rows) >= 3 else ():
-            for row in islice(remaining, max(1, round(HELD_OUT[split] * len(rows)))):
-                splits[row] = split
+            for _ in range(max(1, round(HELD_OUT[split] * len(rows)))):
+                splits[next(remaining)] = split
     return splits
 
 
