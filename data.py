@@ -333,15 +333,12 @@ class ImageFiles(ImageArrays):
             with open_image(self.path(index)) as image:
                 yield image, image.getexif().get(0x0112, 1) if self.upright else 1
 
-    def hold(self, cfg, threads, limit=4e9):
-        """Read all images once and keep them, shrunk as far as the crops of cfg allow.
-
-        If that takes more than about `limit` bytes, every epoch reads them anew.
-        """
+    def hold(self, cfg, threads):
+        """Read all images once and keep them, shrunk as far as the crops of cfg allow."""
         side = math.ceil(cfg.view_size / cfg.crop_scale[0] ** 0.5)  # of the smallest square crop
-        if 4 * side**2 * len(self) > limit:  # three colours, sides 3:4
-            return say(f"{len(self):,} images of {side} pixels take more than {limit / 1e9:g} GB: "
-                       "every epoch reads them anew")
+        if 4 * side**2 * len(self) > 4e9:  # bytes of three colours, sides about 3:4
+            return say(f"{len(self):,} images of {side} pixels take more than 4 GB: every epoch "
+                       "reads them anew")
 
         def read(index):
             with self.opened(index) as (image, orientation):
