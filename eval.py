@@ -65,9 +65,8 @@ def main():
                        "training; val/ and test/ may change, other images need a new training")
     if args.classifier == "balanced":
         train.fit_batch(args, len(train_set))
-    of_stage1 = args.classifier == "stage1"  # --epochs 0
-    encoder = classifier_of(stage1, saved.pop("encoder"), len(counts), args.seed, of_stage1)
-    encoder = encoder.to(device, memory_format=torch.channels_last)
+    state, of_stage1 = saved.pop("encoder"), args.classifier == "stage1"  # --epochs 0
+    encoder = classifier_of(stage1, state, len(counts), args.seed, device, keep_heads=of_stage1)
     for directory in filter(None, (args.output, args.plots, args.export and args.export.parent)):
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):
@@ -284,7 +283,7 @@ def train_classifier(encoder, train_set, val_set, args, stage1, processes):
     return best
 
 
-def classifier_of(stage1, state, classes, seed, keep_heads):
+def classifier_of(stage1, state, classes, seed, device, keep_heads):
     """Stage 1's frozen encoder, with linear classifiers as heads: new ones, or stage 1's."""
     torch.manual_seed(seed)
     encoder = Encoder(stage1.arch, stage1.experts, classes).requires_grad_(False)
@@ -294,7 +293,7 @@ def classifier_of(stage1, state, classes, seed, keep_heads):
     if not keep_heads:
         state = {name: value for name, value in state.items() if not name.startswith("heads.")}
     encoder.load_state_dict(encoder.state_dict() | state)
-    return encoder
+    return encoder.to(device, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -462,8 +461,7 @@ def predict(args, saved):
     """
     rank, world, device = processes = train.start(args)
     stage1, names = argparse.Namespace(**saved["args"]["stage1"]), saved["classes"]
-    encoder = classifier_of(stage1, saved["model"], len(names), seed=0, keep_heads=True).eval()
-    encoder = encoder.to(device, memory_format=torch.channels_last)
+    encoder = classifier_of(stage1, saved["model"], len(names), 0, device, keep_heads=True).eval()
     paths, unreadable = [], 0
     for path in args.predict:
         found, others = data.find_images(path) if path.is_dir() else ([path], [])

@@ -149,7 +149,7 @@ def test_logits_do_not_depend_on_processes_and_workers(world, workers, monkeypat
 
 def classifier(arch, experts=1):
     cfg = cfg_of("imagenet_lt", train.VIEWS, train.STAGE1, arch=arch, experts=experts)
-    encoder = classifier_of(cfg, {}, 7, 0, keep_heads=False)
+    encoder = classifier_of(cfg, {}, 7, 0, CPU, keep_heads=False)
     for module in encoder.modules():  # change the initial running statistics
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
