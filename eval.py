@@ -308,11 +308,11 @@ def evaluation_view(images, cfg):
     return data.normalize(images[0].float() / 255, cfg)
 
 
-def evaluation_loader(dataset, args, stage1, processes, kind=BatchDataset, batch_size=128):
+def evaluation_loader(dataset, args, stage1, processes, kind=BatchDataset):
     """A loader of this process's part of a split: process i % world loads image i."""
     rank, world, device = processes
-    rows = torch.arange(len(dataset))[rank::world].split(batch_size)
-    batches = [(batch.tolist(), None) for batch in rows if len(batch)]
+    rows = list(range(rank, len(dataset), world))
+    batches = [(rows[first : first + 128], None) for first in range(0, len(rows), 128)]
     return load_batches(kind(dataset, stage1, crops=0), batches, args.workers, device)
 
 
