@@ -631,7 +631,8 @@ def read_folders(root):
         for name in sorted(set(names) - label_of.keys()):
             raise BadInput(f"{places[split] / name} has images, but train has no class {name}: "
                            "add training images, or move them away")
-        labels, origin = [label_of[name] for name in names], f"{root}/{split}"
+        labels = [label_of[name] for name in names]
+        origin = places["train" if split in missing else split]
         sets[split] = ImageFiles(root, paths, labels, origin, list(label_of), upright=True)
     return sets
 

@@ -60,9 +60,12 @@ def main():
         raise BadInput(f"{args.checkpoint}: the classes are not those of training "
                        f"({', '.join(differ[:3])}): rename their folders back, or train again")
     if train_set.fingerprint() != stage1.training_images:
-        raise BadInput(f"{args.checkpoint} was trained on {stage1.training_images}, these are "
-                       f"{train_set.fingerprint()}: some test images could have been used for "
-                       "training; val/ and test/ may change, other images need a new training")
+        says = (f"{args.checkpoint} was trained on {stage1.training_images}, these are "
+                f"{train_set.fingerprint()}")
+        if train_set.origin in [part.origin for split, part in sets.items() if split != "train"]:
+            raise BadInput(f"{says}: some images held out now could have been used for training; "
+                           f"{train.OTHER_IMAGES}")
+        data.say(f"{says}: the classifier is fitted on these, with the features of that training")
     if args.classifier == "balanced":
         train.fit_batch(args, len(train_set))
     state, of_stage1 = saved.pop("encoder"), args.classifier == "stage1"  # --epochs 0
@@ -545,9 +548,10 @@ def draw_accuracy(directory, results, names):
     counts, font = torch.tensor(results["counts"]), load_font()
     order = counts.argsort(descending=True, stable=True).tolist()
     width, left, bottom = max(1, min(50, 1600 // len(order))), 40, 340  # 3 pixels a percent
-    image = Image.new("RGB", (max(450, left + width * len(order) + 20), bottom + 130), "white")
+    image = Image.new("RGB", (max(450, left + width * len(order) + 20), bottom + 180), "white")
     draw = ImageDraw.Draw(image)
-    title = f"top-1 on {results['reported_on']}, mean of classes: {results['all']:.2f}"
+    title = f"top-1 on {results['reported_on']}, mean of classes {results['all']:.2f}; "
+    title += "names: images for training, reported"
     draw.text((6, 4), title, "black", font)
     for percent in range(0, 101, 20):
         y = bottom - 3 * percent
@@ -561,7 +565,7 @@ def draw_accuracy(directory, results, names):
             draw.rectangle((x, bottom - 3 * accuracy, x + max(0, width - 2), bottom), color)
         if len(order) <= 40:
             text = f"{names[label]} {counts[label]}, {results['reported_counts'][label]}"
-            name = caption(text, 120).rotate(90, expand=True)
+            name = caption(text, int(font.getlength(text)) + 4).rotate(90, expand=True)
             image.paste(name, (x + width // 2 - 9, bottom + 4))
     for n, group in enumerate(group for group in groups if results[group] is not None):
         text = f"{group} {results[group]:.1f}"

@@ -470,8 +470,9 @@ def comparable(settings, ignored=MAY_CHANGE):
     return flat
 
 
-OTHER_IMAGES = ("train again with another --output; or, if test images have a folder of their own, "
-                "fit a classifier on this stage 1: eval.py --checkpoint ... --output NEW")
+OTHER_IMAGES = ("train again with another --output; or put val and test images into folders of "
+                "their own, val/ and test/, and fit a classifier on the features as they are: "
+                "eval.py --checkpoint RUN/checkpoint.pth --output NEW")
 
 
 def refuse_differences(path, before, args):

@@ -526,7 +526,16 @@ def test_stage_2_compares_classes_and_training_images_but_not_val_and_test(tmp_p
     (root / "train" / "angelshark").rename(root / "train" / "bee")
     (root / "test" / "angelshark").rename(root / "test" / "bee")
     (root / "train" / "bee" / "8.png").rename(root / "train" / "bee" / "9.png")
-    with pytest.raises(BadInput, match="trained on 18 images, hash .* these are 18 images, hash"):
+    # Other training images: train again, or fit a classifier if nothing was held out of them.
+    says = r"trained on 18 images, hash .* these are \d+ images, hash "
+    given = "--checkpoint", tmp_path / "run" / "checkpoint.pth", *stage2s[2:]
+    said = call(stage2, *given, "--output", tmp_path / "new").err
+    assert re.search(says + ".*: the classifier is fitted on these, with the features of", said)
+    ways = "train again with another --output; or put val and test images into folders"
+    with pytest.raises(BadInput, match=f"training_images was .*, now .*; {ways}"):
+        call(train, *options)
+    shutil.rmtree(root / "val")
+    with pytest.raises(BadInput, match=f"{says}.* could have been used for training; {ways}"):
         call(stage2, *stage2s)
 
 
