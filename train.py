@@ -42,7 +42,6 @@ from models import moving_average, smallest_sides
 STAGE = "stage 1 of DSCL + PBSD"
 CLASSIFIERS = ("ce", "la")  # the baselines of --loss that train a classifier
 LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
-STEPS = 2000  # of a run on class folders without --epochs
 
 # ----------------------------------------------------------------------------------------- the step
 
@@ -141,7 +140,7 @@ def main():
         raise BadInput(f"--batch-size {args.batch_size}: BatchNorm needs two images a process")
     baseline = args.loss in CLASSIFIERS
     if not args.epochs:  # the baselines get twice the steps, which take about the same time
-        args.epochs = math.ceil((1 + baseline) * STEPS / (len(train_set) // args.batch_size))
+        args.epochs = math.ceil((1 + baseline) * args.steps / (len(train_set) // args.batch_size))
     saved = resume(path, STAGE, args, device)
     first = saved["step"] if saved else 0
     ranks = dict(seed=args.seed, start=first, rank=rank, world=world)
@@ -560,8 +559,10 @@ STAGE1 = [
     ("pretrained", "none", None, "weights to start from: a file, torchvision's name, or none",
      {PLACES: "IMAGENET1K_V1"}),
     ("experts", 1, (1, 16), "experts that share the first stages; their logits are averaged", {}),
-    ("epochs", 200, (0, 1e6), f"passes over the training set; 0: {STEPS} steps, baselines twice",
+    ("epochs", 200, (0, 1e6), "passes over the training set; 0: --steps says how many",
      {PLACES: 30, INATURALIST: 100, FOLDER: 0, SMALL: 0, CIFAR: 200, FASHION: 120}),
+    ("steps", 2000, (1, 1e7), "steps if --epochs is 0; ce and la have twice as many",
+     {FOLDER: 6000}),
     ("warmup", 0.05, (0, 1), "fraction of the run in which the learning rate rises",
      {PLACES: 0.0667, FOLDER: 0.025, SMALL: 0.025, FASHION: 0.0417}),
     ("batch_size", 256, (1, 1e6), "images in a step of all processes", {FOLDER: 128, SMALL: 128}),

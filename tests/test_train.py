@@ -618,10 +618,10 @@ def test_a_stopped_run_is_saved_at_its_next_record_and_goes_on(
     assert records(tmp_path / "whole")[1] == records(tmp_path / "stopped")[1]
 
 
-def test_runs_on_class_folders_have_steps_instead_of_epochs(tmp_path, call, monkeypatch):
+def test_runs_on_class_folders_have_steps_instead_of_epochs(tmp_path, call):
     folders(tmp_path, train=dict(ant=20, bee=20))
-    monkeypatch.setattr(train, "STEPS", 3)
     options = ["--dataset", "small_imagefolder", "--data-root", tmp_path, "--batch-size", 8]
+    options += ["--steps", 3]
     for loss, epochs in (("dscl", 1), ("la", 2)):  # 3 batches an epoch; la has twice the steps
         call(train, *options, "--workers", 0, "--loss", loss, "--output", tmp_path / loss)
         assert checkpoint(tmp_path / loss)["args"]["epochs"] == epochs
