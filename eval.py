@@ -133,8 +133,8 @@ def main():
         what += f", {name} {chosen[name]}" if name in chosen else ""
     if val_set:
         what += f", chosen on val ({chosen['accuracy']:.2f})"
-        print(f"probabilities: calibration error {after:.1f}, before {before:.1f}; temperature "
-              f"{temperature:.2f}, chosen on val")
+        print(f"probabilities: expected calibration error {after:.1f} %, before {before:.1f} %; "
+              f"temperature {temperature:.2f}, chosen on val")
     print(f"on {reported}; {what}; {path}", file=sys.stderr)
     if args.plots:
         draw_accuracy(args.plots, results, names)

@@ -577,7 +577,7 @@ def test_probabilities_are_calibrated_on_val_and_predictions_stay(trained, tmp_p
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert results["temperature"] != 1 and results["classes"][0] == "T-shirt"
     before, after = results["calibration_error"].values()
-    assert f"calibration error {after:.1f}, before {before:.1f}" in printed and after < before
+    assert f"calibration error {after:.1f} %, before {before:.1f} %" in printed and after < before
     call(stage2, *given[:2], "--output", tmp_path / "b", *BALANCED, "--epochs", 1)
     assert json.loads((tmp_path / "b" / "results.json").read_text())["temperature"] > 0
 
