@@ -569,7 +569,7 @@ STAGE1 = [
     ("lr", 0.1, (1e-8, 1e3), "peak learning rate, for a batch of 256", {PLACES: 0.05, SMALL: 0.6}),
     ("weight_decay", 5e-4, (0, 1), "weight decay of SGD", {}),
     ("queue_size", 65536, (0, 1e7), "keys K in the queue; at most one for each image is useful",
-     {PLACES: 32768, FOLDER: 1024, SMALL: 1024, CIFAR: 4096, FASHION: 256}),
+     {PLACES: 32768, FOLDER: 1024, SMALL: 256, CIFAR: 4096}),
     ("momentum_encoder", 0.999, (0, 1), "momentum m of the key encoder's moving average",
      {FOLDER: 0.99, SMALL: 0.99, FASHION: 0.98}),
     ("temperature", 0.07, (1e-3, 1e3), "temperature tau of both losses; paper: 0.07", {}),
