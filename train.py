@@ -675,8 +675,11 @@ def parse_args():
     for title, rows in (("run", run_rows), ("training", STAGE1), ("views", VIEWS)):
         add_settings(parser, title, dataset, rows)
     args = parse_within_limits(parser, run_rows + STAGE1 + VIEWS)
-    if args.loss != "dscl" and args.alpha != values_for(dataset, STAGE1)["alpha"]:
+    defaults = values_for(dataset, STAGE1)
+    if args.loss != "dscl" and args.alpha != defaults["alpha"]:
         parser.error(f"--alpha: --loss {args.loss} does not use it")
+    if args.epochs and args.steps != defaults["steps"]:
+        parser.error(f"--steps {args.steps}: --epochs is {args.epochs}; --epochs 0 uses --steps")
     sizes = [args.view_size, args.patch_size]
     if args.loss in CLASSIFIERS or not args.pbsd_weight:
         del sizes[1]  # no patches

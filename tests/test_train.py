@@ -986,6 +986,7 @@ def fails(capsys, monkeypatch, stage, *arguments):
     "arguments, says",
     [
         (["--alpha", "2"], "--alpha: must be from 0 to 1, got 2"),
+        (["--steps", "500"], "--steps 500: --epochs is 120; --epochs 0 uses --steps"),
         (["--temperature", "nan"], "--temperature: must be from 0.001 to 1000"),
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
         (["--warmup", "2"], "--warmup: must be from 0 to 1, got 2"),
