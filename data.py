@@ -540,6 +540,11 @@ SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val",
 LIKE_A_SPLIT = r"(?i)(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|elopment|uation)?(?![a-z])"
 
 
+def subfolders(place):
+    """The folders in a folder, but for those that begin with . or @."""
+    return [path for path in sorted(place.glob("[!.@]*")) if path.is_dir()]
+
+
 def find_images(folder):
     """The images below a folder, sorted, and its other files, among them hidden images."""
     images, others, seen = [], [], set()
@@ -579,9 +584,9 @@ def read_classes(place, root):
         say(f"{place}: images lie deeper than their class folders, as in {min(deep)}: "
             f"{len(deep)} folders make {classes} classes")
     full = {names[0] for names in folders.values() if names}
-    here = {path.name for path in place.glob("[!.@]*") if path.is_dir()}
-    if here - full:
-        say(f"{place}: folders without images: {', '.join(sorted(here - full))}")
+    empty = [path.name for path in subfolders(place) if path.name not in full]
+    if empty:
+        say(f"{place}: folders without images: {', '.join(empty)}")
     return [
         (os.fsencode(os.path.relpath(path, root)), unicodedata.normalize("NFC", names[0]))
         for path, names in folders.items()
@@ -594,8 +599,7 @@ def find_splits(root):
 
     A split holds class folders, a class holds images. BadInput if a folder could be either.
     """
-    folders = [path for path in sorted(root.glob("[!.@]*")) if path.is_dir()]
-    folders = {path: any(part.is_dir() for part in path.glob("[!.@]*")) for path in folders}
+    folders = {path: bool(subfolders(path)) for path in subfolders(root)}
     splits = {SPLIT_OF[p.name.lower()]: p for p in folders if p.name.lower() in SPLIT_OF}
     if any(folders[path] for path in splits.values()):
         unclear = [p for p in folders if p not in splits.values() and find_images(p)[0]]
