@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -83,9 +84,12 @@ def main():
         earlier = json.loads(path.read_text())["arguments"]
         earlier["stage1"]["step"] = saved["step"]  # results of fewer steps may be replaced
         train.refuse_differences(path, earlier, args)
-    if not of_stage1:
-        fit = fit_classifier if args.classifier == "adjusted" else train_classifier
-        chosen = fit(encoder, train_set, val_set, args, stage1, processes)
+    # Each split is read once; the first call comes after `balanced`, which may change BatchNorm.
+    features = cache(lambda part: split_features(encoder, part, args, stage1, processes))
+    if args.classifier == "balanced":
+        chosen = train_classifier(encoder, train_set, val_set, args, stage1, processes)
+    if args.classifier == "adjusted":
+        chosen = fit_classifier(encoder.heads, features, train_set, val_set, args.penalty)
     # All classifiers but that of plain cross-entropy answer for equally frequent classes.
     sign = (args.prior == "training") - (of_stage1 and stage1.loss == "ce")
     shift = sign * (counts / counts.sum()).log()
@@ -93,12 +97,12 @@ def main():
     adapt(encoder.heads, shift)
     temperature = 1.0
     if val_set:
-        logits = split_logits(encoder, val_set, args, stage1, processes)[0]
+        logits = logits_of(encoder.heads, features(val_set))[0]
         temperature = best_temperature(logits, val_set.labels, prior)
 
     # The test set is evaluated once, with the classifier that val chose.
     labels = sets[reported].labels
-    logits = split_logits(encoder, sets[reported], args, stage1, processes)
+    logits = logits_of(encoder.heads, features(sets[reported]))
     top = logits.topk(min(5, len(counts))).indices
     results, *experts = (metrics(of_expert, labels, counts) for of_expert in top)
     before, after = (calibration_error(logits[0] / t, labels, prior) for t in (1, temperature))
@@ -114,9 +118,9 @@ def main():
     if rank == 0:
         save(path, json.dumps(results, indent=1) + "\n")
     if args.fit_on == "all":  # for predictions; the accuracies above are of the classifier before
-        features = [split_features(encoder, of, args, stage1, processes) for of in sets.values()]
-        everything = torch.cat([of.labels for of in sets.values()])
-        fit_heads(encoder.heads, torch.cat(features, dim=1), everything, chosen["penalty"])
+        everything = torch.cat([features(part) for part in sets.values()], dim=1)
+        of_all = torch.cat([part.labels for part in sets.values()])
+        fit_heads(encoder.heads, everything, of_all, chosen["penalty"])
         adapt(encoder.heads, shift)
     adapt(encoder.heads, 0, temperature)
     if rank > 0:
@@ -135,7 +139,7 @@ def main():
         what += f", chosen on val ({chosen['accuracy']:.2f})"
         print(f"probabilities: expected calibration error {after:.1f} %, before {before:.1f} %; "
               f"temperature {temperature:.2f}, chosen on val")
-    print(f"on {reported}; {what}; {path}", file=sys.stderr)
+    data.say(f"on {reported}; {what}; {path}")
     if args.plots:
         draw_accuracy(args.plots, results, names)
         draw_activation(args.plots, encoder, sets[reported], counts, stage1, names, device)
@@ -146,26 +150,24 @@ def main():
 # -------------------------------------------------------------------------------------- classifiers
 
 
-def fit_classifier(encoder, train_set, val_set, args, stage1, processes):
-    """Fit the heads with the best of args.penalty, or with the first of them without a val_set.
+def fit_classifier(heads, features, train_set, val_set, penalties):
+    """Fit the heads with the best of the penalties, or with the first of them without a val_set.
 
-    The best is by class mean on val_set. Returns {"accuracy" on val_set, "penalty"}. Every rank
-    solves the same problem on all features, 1 GB for ImageNet-LT and a ResNet-50.
+    features(split) are those of its images [E, N, C]. The best is by class mean on val_set. Returns
+    {"accuracy" on val_set, "penalty"}. Every rank solves the same problem on all features, 1 GB for
+    ImageNet-LT and a ResNet-50.
     """
     labels, best = train_set.labels, None
-    features = split_features(encoder, train_set, args, stage1, processes)  # [E, N, C]
-    held_out = split_features(encoder, val_set, args, stage1, processes) if val_set else None
-    for penalty in args.penalty if val_set else args.penalty[:1]:
-        fit_heads(encoder.heads, features, labels, penalty)
+    for penalty in penalties if val_set else penalties[:1]:
+        fit_heads(heads, features(train_set), labels, penalty)
         accuracy = None
         if val_set:
-            top = encoder.heads(held_out).mean(0).argmax(1, keepdim=True).cpu()
+            top = logits_of(heads, features(val_set))[0].argmax(1, keepdim=True)
             accuracy = metrics(top, val_set.labels, labels.bincount())["all"]
             data.say(f"classifier, penalty {penalty:g}  val {accuracy:.2f}")
         if not best or accuracy > best["accuracy"]:
-            heads = copy.deepcopy(encoder.heads.state_dict())
-            best = dict(accuracy=accuracy, penalty=penalty, heads=heads)
-    encoder.heads.load_state_dict(best.pop("heads"))
+            best = dict(accuracy=accuracy, penalty=penalty, heads=copy.deepcopy(heads.state_dict()))
+    heads.load_state_dict(best.pop("heads"))
     return best
 
 
@@ -270,7 +272,8 @@ def train_classifier(encoder, train_set, val_set, args, stage1, processes):
         train.average_statistics(encoder)
         accuracy = None
         if val_set:
-            top = split_logits(encoder, val_set, args, stage1, processes)[0].argmax(1, keepdim=True)
+            held_out = split_features(encoder, val_set, args, stage1, processes)
+            top = logits_of(encoder.heads, held_out)[0].argmax(1, keepdim=True)
             accuracy = metrics(top, val_set.labels, counts)["all"]
         if best is None or val_set is None or accuracy > best["accuracy"]:
             best = dict(accuracy=accuracy, epoch=epoch, model=copy.deepcopy(encoder.state_dict()))
@@ -336,9 +339,9 @@ def split_features(encoder, dataset, args, stage1, processes):
 
 
 @torch.no_grad()
-def split_logits(encoder, dataset, args, stage1, processes):
-    """The mean of the logits of all experts, and of each, for each image: [1 + E, N, classes]."""
-    of_experts = encoder.heads(split_features(encoder, dataset, args, stage1, processes)).cpu()
+def logits_of(heads, features):
+    """Logits [1 + E, N, classes] of features [E, N, C]: the mean of the experts, then each."""
+    of_experts = heads(features).cpu()
     return torch.cat([of_experts.mean(0, keepdim=True), of_experts])
 
 
@@ -504,7 +507,7 @@ def summary(runs):
     ignored = train.MAY_CHANGE - {"amp"} | {"seed", "images"}
     finished = [run for run in runs if (run / "results.json").exists()] or runs
     if len(finished) < len(runs):
-        print(f"{len(runs) - len(finished)} of {len(runs)} runs have no results", file=sys.stderr)
+        data.say(f"{len(runs) - len(finished)} of {len(runs)} runs have no results")
     for run in finished:
         try:
             results = json.loads((run / "results.json").read_text())
@@ -537,7 +540,7 @@ def export(path, encoder, stage1, names):
     if not data.in_memory(stage1.dataset):
         card |= dict(resize=data.shorter_side(stage1.view_size), crop=stage1.view_size)
     save(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
-    print(f"wrote {path} and {path}.json", file=sys.stderr)
+    data.say(f"wrote {path} and {path}.json")
 
 
 GROUP_COLORS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 62, 104)}

@@ -134,10 +134,11 @@ def test_logits_do_not_depend_on_processes_and_workers(world, workers, monkeypat
     args, parts = argparse.Namespace(workers=workers, amp="off"), []
     monkeypatch.setattr(stage2, "gather", lambda part: parts.append(part) or part)
     for rank in range(world):
-        stage2.split_logits(Ranks(), dataset, args, cfg, (rank, world, CPU))
+        stage2.split_features(Ranks(), dataset, args, cfg, (rank, world, CPU))
     gathered = torch.cat(parts)
     monkeypatch.setattr(stage2, "gather", lambda part: gathered)
-    logits = stage2.split_logits(Ranks(), dataset, args, cfg, (0, world, CPU))
+    features = stage2.split_features(Ranks(), dataset, args, cfg, (0, world, CPU))
+    logits = stage2.logits_of(Ranks().heads, features)
     assert logits.shape == (4, 50, 8)
     mean, ranks, sure, wrong = logits.topk(5).indices
     # The logit 2.5 ranks behind 7, 6, 5, 4 and 3, unless it has replaced one of them.
@@ -198,27 +199,25 @@ def test_regression_sums_over_chunks():
     assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
 
 
-def test_adjusted_classifier_prefers_no_class_where_features_say_nothing(monkeypatch):
+def test_adjusted_classifier_prefers_no_class_where_features_say_nothing():
     torch.manual_seed(0)
     encoder, _ = classifier("resnet_small")
     labels = torch.arange(7).repeat_interleave(torch.tensor([640, 320, 160, 80, 40, 20, 10]))
     features = torch.randn(1, len(labels), 128)
-    monkeypatch.setattr(stage2, "split_features", lambda *_: features.clone())
-    dataset, args = ImageArrays(None, labels, ""), argparse.Namespace(penalty=[100.0])
-    stage2.fit_classifier(encoder, dataset, None, args, None, (0, 1, CPU))
+    dataset = ImageArrays(None, labels, "")
+    stage2.fit_classifier(encoder.heads, lambda _: features, dataset, None, [100.0])
     logits = encoder.heads[0](features[0])
     assert (logits - logits.mean()).abs().max() < 0.02  # the prior alone explains the labels
 
 
-def test_classifiers_are_fitted_per_expert_and_apply_to_raw_features(monkeypatch):
+def test_classifiers_are_fitted_per_expert_and_apply_to_raw_features():
     torch.manual_seed(0)
     encoder, _ = classifier("resnet_small", experts=2)
     labels = torch.arange(140) % 7
     features = 5 + 3 * torch.randn(2, 140, 128) + 4 * torch.randn(2, 7, 128)[:, labels]
     features[:, :, 9] = 0  # a constant feature
-    monkeypatch.setattr(stage2, "split_features", lambda *_: features.clone())
-    dataset, args = ImageArrays(None, labels, ""), argparse.Namespace(penalty=(0.01, 1.0))
-    best = stage2.fit_classifier(encoder, dataset, None, args, None, (0, 1, CPU))
+    dataset = ImageArrays(None, labels, "")
+    best = stage2.fit_classifier(encoder.heads, lambda _: features, dataset, None, (0.01, 1.0))
     assert best == dict(accuracy=None, penalty=0.01)  # the first, without val
     std, mean = torch.std_mean(features, 1)
     standardised = (features - mean[:, None]) / std.clamp(min=1e-6)[:, None]
