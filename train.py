@@ -183,12 +183,12 @@ def main():
     if rank == 0:
         log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
         precision = "bfloat16" if args.amp == "bf16" else "float32"
-        print(f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
-              f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}, "
-              f"{args.workers} workers each", file=sys.stderr)
-        if device.type == "cpu" and args.dataset == "imagefolder":
-            print("the defaults of imagefolder take hours on a CPU, those of small_imagefolder "
-                  "minutes", file=sys.stderr)
+        data.say(f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
+                 f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}, "
+                 f"{args.workers} workers each")
+    if device.type == "cpu" and args.dataset == "imagefolder":
+        data.say("the defaults of imagefolder take hours on a CPU, those of small_imagefolder "
+                 "minutes")
 
     total = count = 0  # since the last record: sums of the loss and its terms, and number of steps
     terms, stop = "", Stop()
@@ -235,8 +235,7 @@ def main():
         if stopping:
             raise KeyboardInterrupt
         total = count = 0
-    if rank == 0:
-        print(f"done: {path}; stage 2: python eval.py --output {args.output}", file=sys.stderr)
+    data.say(f"done: {path}; stage 2: python eval.py --output {args.output}")
 
 
 # ---------------------------------------------------------------------------------------- processes
