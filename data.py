@@ -72,11 +72,6 @@ def in_memory(name):
     return "npz" in DATASETS[name] or "cifar" in DATASETS[name]
 
 
-def default_root(name):
-    """Where a data set's images are without --data-root: in datasets/NAME, or in the repository."""
-    return HERE / "tests" if "npz" in DATASETS[name] else Path("datasets") / name
-
-
 class BadInput(Exception):
     """The user's input cannot be used; the message names it and says how to fix it."""
 
@@ -429,16 +424,16 @@ def central_crop(image, size):
 # -------------------------------------------------------------------------------------- readers
 
 
-def load_dataset(name, root=None, index_dir=None, imbalance=None, download=False):
+def load_dataset(name, root, index_dir=None, imbalance=None, download=False):
     """A data set's splits, {"train": ImageArrays or ImageFiles, "val": ..., "test": ...}.
 
     CIFAR-LT has no val and takes `imbalance`; iNaturalist has no test. Classes may be missing in
     val and test. BadInput names what is missing or wrong; images on disk are not opened here.
     """
-    entry, root = DATASETS[name], Path(root or default_root(name))
+    entry, root = DATASETS[name], Path(root)
     if "cifar" in entry:
-        sets = read_cifar(entry["cifar"], root, imbalance or 100, download)
-    elif imbalance or download:
+        sets = read_cifar(entry["cifar"], root, imbalance, download)
+    elif imbalance is not None or download:
         raise BadInput(f"--imbalance and --download are for cifar10_lt and cifar100_lt, not {name}")
     elif not root.is_dir():
         raise BadInput(f"{root} is not a directory: put or link the images of {name} there, or "
@@ -747,13 +742,13 @@ def add_data_flags(parser, default=DEFAULT):
     flag("--dataset", default=default, choices=DATASETS, help=text)
     dataset = parser.parse_known_args()[0].dataset
     flag("-h", "--help", action="help", help="show this and exit")
-    root, cifar = default_root(dataset), "cifar" in DATASETS[dataset]
+    root = HERE / "tests" if "npz" in DATASETS[dataset] else Path("datasets") / dataset
     text = f"directory of the images (default: {root})"
     flag("--data-root", type=Path, default=root, metavar="DIR", help=text)
     text = "directory of the index files (default: --data-root)"
     flag("--index-dir", type=Path, metavar="DIR", help=text)
     text = "size of the largest class divided by that of the smallest: 10, 50 or 100 (default: 100)"
-    imbalance, text = (100.0, text) if cifar else (None, argparse.SUPPRESS)
+    imbalance, text = (100.0, text) if "cifar" in DATASETS[dataset] else (None, argparse.SUPPRESS)
     flag("--imbalance", type=float, default=imbalance, metavar="X", help=text)
     return dataset
 
@@ -854,12 +849,11 @@ def check_files(sets, decoding, threads):
         with ThreadPool(max(1, threads)) as pool:
             found = enumerate(zip(paths, pool.imap(examine, paths, 64)), 1)
             for done, (path, (problem, key)) in found:
-                earlier, of = seen.get(key, (None, split))
+                first, of = seen.get(key, (None, split))
                 seen.setdefault(key, (path, split))
-                if problem or of != split or earlier == path:
-                    problems.append(problem or f"{path} of {split} equals {earlier} of {of}")
-                if done % 64 == 0 or done == len(paths):  # results come in chunks
-                    progress.show(done, f"{split}: {done:,}, {len(problems) - old:,} problems")
+                if problem or of != split or first == path:  # in two splits, or listed twice
+                    problems.append(problem or f"{path} of {split} equals {first} of {of}")
+                progress.show(done, f"{split}: {done:,}, {len(problems) - old:,} problems")
     return problems
 
 

@@ -57,7 +57,7 @@ def main():
     train_set = sets["train"]
     counts, names = train_set.labels.bincount(), train_set.names
     if names != stage1.classes:
-        differ = [f"{a} and {b}" for a, b in zip(stage1.classes, names) if a != b]
+        differ = sorted(set(names) ^ set(stage1.classes)) or ["another order"]
         raise BadInput(f"{args.checkpoint}: the classes are not those of training "
                        f"({', '.join(differ[:3])}): rename their folders back, or train again")
     if train_set.fingerprint() != stage1.training_images:
@@ -90,8 +90,9 @@ def main():
         chosen = train_classifier(encoder, train_set, val_set, args, stage1, processes)
     if args.classifier == "adjusted":
         chosen = fit_classifier(encoder.heads, features, train_set, val_set, args.penalty)
-    # All classifiers but that of plain cross-entropy answer for equally frequent classes.
-    sign = (args.prior == "training") - (of_stage1 and stage1.loss == "ce")
+    # Only plain cross-entropy answers for classes as frequent as in training.
+    answers_for = "training" if of_stage1 and stage1.loss == "ce" else "balanced"
+    sign = (args.prior == "training") - (answers_for == "training")
     shift = sign * (counts / counts.sum()).log()
     prior = counts.double() if args.prior == "training" else torch.ones(len(counts))
     adapt(encoder.heads, shift)
@@ -122,6 +123,7 @@ def main():
         of_all = torch.cat([part.labels for part in sets.values()])
         fit_heads(encoder.heads, everything, of_all, chosen["penalty"])
         adapt(encoder.heads, shift)
+        data.say(f"model.pth has a classifier of all {len(of_all)} images")
     adapt(encoder.heads, 0, temperature)
     if rank > 0:
         return
@@ -186,8 +188,6 @@ def fit_heads(heads, features, labels, penalty):
         weight, bias = regression((of_expert - mean) / std, labels, penalty)
         head.weight.data = weight / std
         head.bias.data = bias - (counts / counts.sum()).log() - head.weight.data @ mean
-    for value in heads.state_dict().values() if dist.is_initialized() else ():
-        dist.broadcast(value, 0)  # the same on all processes
 
 
 def regression(features, labels, penalty):
@@ -404,7 +404,7 @@ def table(results, counts):
     """The results as a table to print."""
     titles = dict(many="many-shot, > 100", medium="medium-shot", few="few-shot, < 20")
     split, images = results["reported_on"], torch.tensor(results["reported_counts"])
-    accuracies = torch.tensor([right or 0 for right in results["per_class"]])
+    accuracies = torch.tensor([right or 0.0 for right in results["per_class"]])
     rows = [("", "classes", "training images", f"{split} images", "top-1")]
     for name, mask in shot_groups(counts).items():
         if mask.any():
@@ -504,7 +504,7 @@ def predict(args, saved):
 def summary(runs):
     """Mean and standard deviation over runs that differ only in their seed, one line per group."""
     names, groups = ("many", "medium", "few", "all"), {}
-    ignored = train.MAY_CHANGE - {"amp"} | {"seed", "images"}
+    ignored = train.MAY_CHANGE - {"amp"} | {"seed"}
     finished = [run for run in runs if (run / "results.json").exists()] or runs
     if len(finished) < len(runs):
         data.say(f"{len(runs) - len(finished)} of {len(runs)} runs have no results")
@@ -548,31 +548,28 @@ GROUP_COLORS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 6
 
 def draw_accuracy(directory, results, names):
     """Draw a bar for each class, sorted by training images, coloured by many, medium and few."""
-    counts, font = torch.tensor(results["counts"]), load_font()
+    counts, tested = torch.tensor(results["counts"]), results["reported_counts"]
     order = counts.argsort(descending=True, stable=True).tolist()
-    width, left, bottom = max(1, min(50, 1600 // len(order))), 40, 340  # 3 pixels a percent
-    image = Image.new("RGB", (max(450, left + width * len(order) + 20), bottom + 180), "white")
-    draw = ImageDraw.Draw(image)
-    title = f"top-1 on {results['reported_on']}, mean of classes {results['all']:.2f}; "
-    title += "names: images for training, reported"
+    # The height of a bar, where it begins, and where the first one is. A percent has 4 pixels.
+    height, left, top = (18, 300, 64) if len(order) <= 100 else (2, 40, 64)
+    image = Image.new("RGB", (left + 430, top + height * len(order) + 6), "white")
+    draw, font, groups = ImageDraw.Draw(image), load_font(), shot_groups(counts)
+    title = f"top-1 on {results['reported_on']}, mean of classes {results['all']:.2f}; beside a "
+    title += f"name: training images, {results['reported_on']} images"
     draw.text((6, 4), title, "black", font)
+    for n, name in enumerate(name for name in groups if results[name] is not None):
+        draw.text((6 + 120 * n, 24), f"{name} {results[name]:.1f}", GROUP_COLORS[name], font)
     for percent in range(0, 101, 20):
-        y = bottom - 3 * percent
-        draw.line([(left, y), (image.width, y)], (220, 220, 220))
-        draw.text((left - 6, y), str(percent), "black", font, "rm")
-    groups = shot_groups(counts)
+        x = left + 4 * percent
+        draw.line([(x, top), (x, image.height)], (220, 220, 220))
+        draw.text((x, top - 6), str(percent), "black", font, "ms")
     for n, label in enumerate(order):
-        x, accuracy = left + n * width, results["per_class"][label]
-        if accuracy is not None:  # else the class has no test image
-            color = next(GROUP_COLORS[group] for group, mask in groups.items() if mask[label])
-            draw.rectangle((x, bottom - 3 * accuracy, x + max(0, width - 2), bottom), color)
-        if len(order) <= 40:
-            text = f"{names[label]} {counts[label]}, {results['reported_counts'][label]}"
-            name = caption(text, int(font.getlength(text)) + 4).rotate(90, expand=True)
-            image.paste(name, (x + width // 2 - 9, bottom + 4))
-    for n, group in enumerate(group for group in groups if results[group] is not None):
-        text = f"{group} {results[group]:.1f}"
-        draw.text((left + 130 * n, bottom - 308), text, GROUP_COLORS[group], font, "ls")
+        y, accuracy = top + n * height, results["per_class"][label] or 0  # None: no test image
+        color = next(GROUP_COLORS[name] for name, mask in groups.items() if mask[label])
+        draw.rectangle((left, y, left + 4 * accuracy, y + height - 2), color)
+        if height == 18:
+            text = f"{names[label]}: {counts[label]}, {tested[label]}"
+            draw.text((left - 6, y + 8), text, "black", font, "rm")
     image.save(directory / "accuracy.png")
 
 
@@ -610,7 +607,7 @@ def draw_activation(directory, encoder, dataset, counts, stage1, names, device, 
     shown = F.interpolate(images[0].expand(-1, 3, -1, -1) / 255, (side, side))
     colors = torch.cat([maps, 0 * maps, 1 - maps], dim=1)  # [B, 3, side, side]
     both = torch.cat([shown, (shown + colors) / 2], dim=3)
-    texts = [f"{names[c]}: {counts[c]} training images; red: evidence for it" for c in labels]
+    texts = [f"{names[c]}: {counts[c]} training images; its evidence is red" for c in labels]
     strips = torch.stack([pil_to_tensor(caption(text, 2 * side)) / 255 for text in texts])
     save_image(torch.cat([both, strips], dim=2), directory / "activation.png", nrow=3, pad_value=1)
 
@@ -626,6 +623,7 @@ def parse_args():
     first = first.parse_known_args()[0]
     output = Path(first.output or f"runs/{first.dataset or data.DEFAULT}")
     checkpoint = Path(first.checkpoint or output / "checkpoint.pth")
+    output = checkpoint.parent if first.checkpoint and not first.output else output
     file = (output / "model.pth", RESULT, "eval.py") if first.predict else (checkpoint, train.STAGE)
     saved = load(*file) if file[0].exists() and not first.summary else None
     stage1 = saved["args"] if saved else {}
@@ -643,19 +641,19 @@ def parse_args():
     train.add_settings(parser, "run", dataset, run_rows)
     train.add_settings(parser, "classifier", dataset, STAGE2)
     images = {name: stage1[name] for name in ("data_root", "index_dir", "imbalance") if stage1}
-    parser.set_defaults(output=checkpoint.parent if first.checkpoint else output, **images)
+    parser.set_defaults(output=output, **images)
     args = train.parse_within_limits(parser, run_rows + STAGE2)
     if args.summary:
         return args, None
     saved = saved or load(*file)
+    if dataset != stage1["dataset"]:
+        raise BadInput(f"{file[0]} was trained on {stage1['dataset']}, not on {dataset}")
     if args.predict:
         if data.in_memory(dataset):
             raise BadInput(f"--predict needs a run on image files, not on {dataset}")
         return args, saved
     if "training_images" not in stage1:
         raise BadInput(f"{checkpoint} is from an earlier version of this code: train again")
-    if dataset != stage1["dataset"]:
-        raise BadInput(f"{checkpoint} was trained on {stage1['dataset']}, not on {dataset}")
 
     if args.epochs == 0:
         args.classifier = "stage1"
@@ -669,7 +667,7 @@ def parse_args():
             flag = name.replace("_", "-")
             parser.error(f"--{flag}: this flag is not for the classifier {args.classifier}")
     if args.export and (stage1["arch"] in SMALL_ARCHS or stage1["experts"] > 1):
-        network = f"{stage1['arch']} of {stage1['experts']} experts"
+        network = "networks of several experts" if stage1["experts"] > 1 else stage1["arch"]
         raise BadInput(f"--export: torchvision has no {network}")
     return args, {name: saved[name] for name in ("args", "step", "encoder")}
 

@@ -55,15 +55,15 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
         logsumexp = torch.logaddexp(batch_logsumexp, queue_logsumexp)  # [B] over C_i
 
         # The sum over P_i uses a mask for the batch and per-class sums for the queue.
-        is_own_key = is_anchor.roll(size, dims=1)  # [B, 2B]
-        is_positive = (labels[:, None] == labels.repeat(2)) & ~is_anchor & ~is_own_key  # [B, 2B]
+        same_class = (labels[:, None] == labels).fill_diagonal_(False)  # [B, B]
+        is_positive = same_class.repeat(1, 2)  # [B, 2B] neither the anchor nor its own key
         queue_sum, queue_count = _class_sums(labels, queue, queue_labels)  # [B, D], [B]
         num_positives = is_positive.sum(1) + queue_count  # [B] |P_i|
         positive_sum = is_positive.to(query.dtype) @ batch + queue_sum  # [B, D] sum of z_t over P_i
         mean_positive_logit = (scaled_query * positive_sum).sum(1) / num_positives.clamp(min=1)
 
         alpha_i = 1 / (num_positives + 1)  # [B] the weight in SCL, and 1 if P_i is empty
-        if alpha is not None:
+        if alpha is not None:  # DSCL
             alpha_i = alpha_i.masked_fill(num_positives > 0, alpha)
         return (logsumexp - alpha_i * own_logit - (1 - alpha_i) * mean_positive_logit).mean()
 
@@ -106,12 +106,12 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
 
 def _class_sums(labels, queue, queue_labels):
     """Sum [B, D] and number [B] of the queue entries of each anchor's class, without a mask."""
-    classes, _ = labels.long().sort()
-    slot = torch.searchsorted(classes, queue_labels.long()).clamp(max=len(classes) - 1)  # [K]
-    slot = torch.where(classes[slot] == queue_labels, slot, len(classes))  # last row: other classes
-    sums = queue.new_zeros(len(classes) + 1, queue.shape[1]).index_add_(0, slot, queue)
-    counts = queue.new_zeros(len(classes) + 1).index_add_(0, slot, queue.new_ones(len(slot)))
-    anchor = torch.searchsorted(classes, labels.long())  # [B]
+    ordered, _ = labels.long().sort()  # equal labels share the row of the first of them
+    slot = torch.searchsorted(ordered, queue_labels.long()).clamp(max=len(ordered) - 1)  # [K]
+    slot = torch.where(ordered[slot] == queue_labels, slot, len(ordered))  # last row: other classes
+    sums = queue.new_zeros(len(ordered) + 1, queue.shape[1]).index_add_(0, slot, queue)
+    counts = queue.new_zeros(len(ordered) + 1).index_add_(0, slot, queue.new_ones(len(slot)))
+    anchor = torch.searchsorted(ordered, labels.long())  # [B]
     return sums[anchor], counts[anchor]
 
 
@@ -159,10 +159,9 @@ def bank_attention(query, bank, *, temperature=0.07):
     mean / temperature. `mean` and the bank are constants. An empty bank gives -inf and 0. Raises
     ValueError or TypeError that names the bad argument.
     """
-    if not isinstance(temperature, Real):  # a tensor would get no gradient
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not (0 < temperature < float("inf") and 1 / temperature < torch.finfo(torch.float32).max):
-        raise ValueError(f"temperature must be positive with a finite inverse, got {temperature}")
+    # A tensor would get no gradient; the inverse has to be a float32.
+    if not (isinstance(temperature, Real) and 1e-38 < temperature < float("inf")):
+        raise ValueError(f"temperature must be a number above 1e-38, got {temperature}")
     _check("query", query, (None, None))
     _check("bank", bank, (None, query.shape[1]))
     query, bank = _full_precision(query, bank)
@@ -180,8 +179,8 @@ def _check(name, tensor, shape, least=0, integer=False):
     """Raise unless it is a tensor of this kind and shape (None: any size from `least` on)."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    sizes = [s if e is None and s >= least else e for s, e in zip(tensor.shape, shape)]
-    if tensor.ndim != len(shape) or list(tensor.shape) != sizes:
+    fits = [n >= least if want is None else n == want for n, want in zip(tensor.shape, shape)]
+    if tensor.ndim != len(shape) or not all(fits):
         expected = ", ".join(f"at least {least}" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
     is_integer = tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

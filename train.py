@@ -82,17 +82,16 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
 
     # Row i of all_queries, all_keys and all_labels belongs to image i of the global batch. Every
     # rank computes DSCL for all N anchors, since its queries are contrast for those of other ranks,
-    # with gradient for its own queries only; gather_queries multiplies this gradient by the number
-    # of ranks, because DDP divides by it. PBSD is computed for this rank's B images only.
+    # with gradient for its own queries only. PBSD is computed for this rank's B images only.
     all_queries, all_labels = gather_queries(z, batch.rank_rows), gather(labels)
     keys, tau = all_keys[:, batch.rank_rows], args.temperature
     alpha = None if args.loss == "scl" else args.alpha
     dscl, pbsd = [], []
     for e in range(args.experts):  # each expert has its own embeddings, queue and losses
-        M, settings = queue.keys[e], dict(alpha=alpha, temperature=tau)
-        dscl.append(dscl_loss(all_queries[e], all_keys[e], all_labels, M, queue.labels, **settings))
+        batch_and_queue = all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels
+        dscl.append(dscl_loss(*batch_and_queue, alpha=alpha, temperature=tau))
         if args.pbsd_weight:
-            pbsd.append(pbsd_loss(c[e], s[e], keys[e], M, temperature=tau))
+            pbsd.append(pbsd_loss(c[e], s[e], keys[e], queue.keys[e], temperature=tau))
     # It is safe to change the queue before backward(), which reads no tensor of the queue.
     queue.put(all_keys, all_labels)
     dscl = torch.stack(dscl).mean()
@@ -131,7 +130,6 @@ def main():
     sets = data.load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     if args.views:
         return draw_views(args.views, sets["train"], args)
-    args.images = {split: len(part) for split, part in sets.items()}
     train_set, path = sets["train"], args.output / "checkpoint.pth"
     # resume() and eval.py refuse other training images or classes.
     args.training_images, args.classes = train_set.fingerprint(), train_set.names
@@ -140,7 +138,8 @@ def main():
         raise BadInput(f"--batch-size {args.batch_size}: BatchNorm needs two images a process")
     baseline = args.loss in CLASSIFIERS
     if not args.epochs:  # the baselines get twice the steps, which take about the same time
-        args.epochs = math.ceil((1 + baseline) * args.steps / (len(train_set) // args.batch_size))
+        steps = args.steps * (2 if baseline else 1)
+        args.epochs = math.ceil(steps / (len(train_set) // args.batch_size))
     saved = resume(path, STAGE, args, device)
     first = saved["step"] if saved else 0
     ranks = dict(seed=args.seed, start=first, rank=rank, world=world)
@@ -181,7 +180,7 @@ def main():
     if dist.is_initialized():
         model = distributed(encoder)
     if rank == 0:
-        log, progress = open_log(args.output / "log.jsonl", args, first), Progress(steps, first)
+        log = open_log(args.output / "log.jsonl", args, first)
         precision = "bfloat16" if args.amp == "bf16" else "float32"
         data.say(f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
                  f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}, "
@@ -191,7 +190,7 @@ def main():
                  "minutes")
 
     total = count = 0  # since the last record: sums of the loss and its terms, and number of steps
-    terms, stop = "", Stop()
+    terms, stop, progress = "", Stop(), Progress(steps, first)
     logged_at = saved_at = time.monotonic()
     for step, (images, labels) in enumerate(loader, first):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, per_epoch, args)
@@ -207,10 +206,10 @@ def main():
         of_epoch = done % per_epoch  # steps of this epoch so far; 0 at its end
         epoch = f"epoch {done / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
         if of_epoch % LOG_EVERY:
-            if rank == 0:
-                progress.show(done, f"{epoch}{terms}")
+            progress.show(done, f"{epoch}{terms}")
             continue
 
+        # Every LOG_EVERY steps and at the end of an epoch: a record, and sometimes a checkpoint.
         stopping = torch.full_like(total[:1], stop.asked)
         means = gather(torch.cat([total / count, stopping])[None]).mean(0)
         check_finite([means, *encoder.parameters()], done, lr)
@@ -232,7 +231,7 @@ def main():
                 parts = {name: part.state_dict() for name, part in state.items()}
                 save(path, dict(stage=STAGE, args=to_json(args), step=done, **parts))
                 logged_at = saved_at = time.monotonic()
-        if stopping:
+        if stopping and done < steps:
             raise KeyboardInterrupt
         total = count = 0
     data.say(f"done: {path}; stage 2: python eval.py --output {args.output}")
@@ -329,11 +328,10 @@ def gather(tensor, dim=0):
 def gather_queries(z, rank_rows):
     """The queries of all ranks [E, N, D]; this rank's are z [E, B, D], at the rows `rank_rows`.
 
-    Every rank differentiates the loss of all N anchors with respect to its own rows only.
+    DDP averages gradients over ranks; they are multiplied by world size to get the sum.
     """
     everyone = gather(z, dim=1)
     world = everyone.shape[1] // z.shape[1]
-    # DDP averages gradients over ranks; multiply by world size to get the sum.
     z.register_hook(lambda gradient: gradient * world)
     return torch.cat([everyone[:, : rank_rows.start], z, everyone[:, rank_rows.stop :]], dim=1)
 
@@ -456,7 +454,7 @@ def to_json(args):
 
 # Arguments that may change when a run continues: of both stages, then of one of them.
 MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
-MAY_CHANGE |= {"images", "views", "checkpoint", "plots", "export", "predict", "summary", "fit_on"}
+MAY_CHANGE |= {"views", "checkpoint", "plots", "export", "predict", "summary", "fit_on"}
 
 
 def comparable(settings, ignored=MAY_CHANGE):

@@ -247,7 +247,7 @@ def images_of(args, device):
     """uint8 images [B, C, H, W] of random pixels, in the shape that the loader returns."""
     shape = 3, args.view_size, args.view_size
     if data.in_memory(args.dataset):
-        shape = data.load_dataset(args.dataset)["train"].images.shape[1:]
+        shape = data.load_dataset(args.dataset, data.HERE / "tests")["train"].images.shape[1:]
     return torch.randint(256, (args.batch_size, *shape), dtype=torch.uint8).to(device)
 
 

@@ -22,10 +22,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import data
 import eval as stage2
 import train
-from data import BadInput, Batches, Draws, color_matrices, crop, load_dataset, query_views
+from data import HERE, BadInput, Batches, Draws, color_matrices, crop, load_dataset, query_views
 
 COUNTS = [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
-SHIPPED = load_dataset("fashion_mnist_lt")
+SHIPPED = load_dataset("fashion_mnist_lt", HERE / "tests")
 
 
 def small_cfg(name, **changes):
@@ -117,6 +117,7 @@ def test_missing_images_of_a_data_set_are_named_with_what_to_do(tmp_path, monkey
         (["imagefolder", "--data-root", "my"], "my is not a directory: put or link the images of"),
         (["fashion_mnist_lt", "--data-root", tmp_path], "/fashion_mnist_lt.npz: No such file"),
         (["cifar100_lt"], "datasets/cifar100_lt has no complete cifar-100-python: .*--download"),
+        (["cifar100_lt", "--imbalance", 0], "--imbalance: must be from 1 to 10000, got 0"),
     ):
         code, _, said = command(monkeypatch, capsys, data, "--dataset", *options)
         assert code == 2 and said.count("\n") == 1 and re.search(says, said)

@@ -46,6 +46,8 @@ def test_metrics_are_class_means_by_group_and_none_for_empty_groups():
     assert "500 to 200 each" in lines[1] and lines[4].split()[-3:] == ["790", "12", "50.00"]
     expected = (500 * 100 + 200 * 50 + 50 * 50 + 10 * 50) / 790
     assert lines[-1].split() == f"if classes came as in training {expected:.2f}".split()
+    results |= metrics(*predictions([0] * 5, [2] * 5), counts)
+    assert table(results, counts).split()[-1] == "0.00"
 
 
 def test_classes_without_test_images_are_left_out_and_reported():
@@ -294,18 +296,18 @@ def test_exported_weights_give_the_same_logits_in_torchvision(arch, tmp_path):
     assert (card["resize"], card["crop"], card["mean"][0]) == (256, 224, 0.485)
 
 
-def test_accuracy_bars_have_the_right_height_and_group_colour(tmp_path):
+def test_accuracy_bars_have_the_right_length_and_group_colour(tmp_path):
     results = dict(counts=[10, 500, 50], per_class=[100.0, 50.0, None], reported_on="test")
     results["reported_counts"] = [7, 7, 0]
     results |= dict(many=50.0, medium=None, few=100.0, all=75.0)  # bags have no test image
     stage2.draw_accuracy(tmp_path, results, ["bööts", "shirts", "bags"])
     many, few = stage2.GROUP_COLORS["many"], stage2.GROUP_COLORS["few"]
-    # Shirts, bags, boots: each 50 pixels wide, from x = 40.
+    # Shirts, bags, boots: each 18 pixels high, from y = 64.
     with Image.open(tmp_path / "accuracy.png") as image:
-        assert image.getpixel((60, 340 - 145)) == many != image.getpixel((60, 340 - 155))
-        assert image.getpixel((160, 42)) == few and image.getpixel((160, 338)) == few
-        assert image.getpixel((110, 335)) not in (many, few)
-        names = image.crop((40, 344, 190, 460)).convert("L")
+        assert image.getpixel((300 + 195, 70)) == many != image.getpixel((300 + 205, 70))
+        assert image.getpixel((302, 106)) == few and image.getpixel((300 + 398, 106)) == few
+        assert image.getpixel((305, 88)) not in (many, few)
+        names = image.crop((0, 64, 298, 118)).convert("L")
         assert len(names.getcolors()) > 5  # the names are drawn
 
 

@@ -213,7 +213,7 @@ def test_experts_are_trained_and_reported_separately(loss, small_root, tmp_path,
     first, second = results["experts"]
     assert first["per_class"] != second["per_class"]
     assert f"each expert alone: {first['all']:.2f}, {second['all']:.2f}" in printed
-    with pytest.raises(BadInput, match="--export: torchvision has no resnet_tiny of 2 experts"):
+    with pytest.raises(BadInput, match="--export: torchvision has no networks of several experts"):
         call(stage2, *options[:4], "--export", tmp_path / "whole.pth")
 
 
@@ -350,6 +350,11 @@ def test_predictions_match_the_accuracy_of_stage_2(loss, imagenet_tree, tmp_path
         assert len(values) == 5 and values == sorted(values, reverse=True)
         assert sum(values) == pytest.approx(1, abs=1e-5)  # of five classes
         assert {line["class"], *line["next"]} == set(results["classes"])
+
+    said = call(stage2, "--checkpoint", run / "checkpoint.pth", "--workers", 0, "--predict", files)
+    assert said.out == printed
+    with pytest.raises(BadInput, match="model.pth was trained on small_imagefolder, not on places"):
+        call(stage2, "--output", run, "--dataset", "places_lt", "--predict", files)
 
     # Files that cannot be read are named, and the others are predicted.
     (tmp_path / "broken.jpg").write_bytes(b"no image")
@@ -519,10 +524,14 @@ def test_stage_2_compares_classes_and_training_images_but_not_val_and_test(tmp_p
     assert results["reported_counts"] == [2, 2]
     (root / "train" / "bee").rename(root / "train" / "angelshark")
     (root / "test" / "bee").rename(root / "test" / "angelshark")
-    with pytest.raises(BadInput, match="classes are not those of training .ant and angelshark."):
+    with pytest.raises(BadInput, match="classes are not those of training .angelshark, bee."):
         call(stage2, *stage2s)
     with pytest.raises(BadInput, match="classes was .'ant', 'bee'., now .'angelshark', 'ant'."):
         call(train, *options)
+    shutil.copytree(root / "train" / "ant", root / "train" / "bee")  # a third class
+    with pytest.raises(BadInput, match="classes are not those of training .angelshark."):
+        call(stage2, *stage2s)
+    shutil.rmtree(root / "train" / "bee")
     (root / "train" / "angelshark").rename(root / "train" / "bee")
     (root / "test" / "angelshark").rename(root / "test" / "bee")
     (root / "train" / "bee" / "8.png").rename(root / "train" / "bee" / "9.png")
@@ -602,17 +611,17 @@ def test_a_stopped_run_is_saved_at_its_next_record_and_goes_on(
     rate, default = train.learning_rate, signal.getsignal(signal.SIGINT)
 
     def stop(step, *given):
-        if step == 3:
+        if step in (3, 17):
             os.kill(os.getpid(), number)
         return rate(step, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", stop)
         code, _, said = command(patch, capsys, train, *options, tmp_path / "stopped")
-    assert code == 130 and "saving a checkpoint at the next record" in said
-    assert checkpoint(tmp_path / "stopped")["step"] == 9
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a second one: at once
-    call(train, *options, tmp_path / "stopped")
+        assert code == 130 and "saving a checkpoint at the next record" in said
+        assert checkpoint(tmp_path / "stopped")["step"] == 9
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the next: at once
+        call(train, *options, tmp_path / "stopped")  # stopped at its last record, it is complete
     signal.signal(signal.SIGINT, default)
     assert states_equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "stopped"))
     assert records(tmp_path / "whole")[1] == records(tmp_path / "stopped")[1]
@@ -795,7 +804,6 @@ def test_imagenet_lt_trains_and_evaluates_in_two_processes(imagenet_tree, tmp_pa
     saved, (header, steps) = checkpoint(tmp_path), records(tmp_path)
     assert saved["step"] == 2 and saved["queue"]["_extra_state"] == 2 * 16
     assert [record["step"] for record in steps] == [2]
-    assert header["arguments"]["images"] == {s: sum(c) for s, c in TREE_COUNTS.items()}
     stage2 = ["eval.py", "--output", tmp_path, "--epochs", 1, "--batch-size", 16, "--workers", 1]
     done = python(*LAUNCH, *stage2, "--bn", "train", env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
@@ -1106,11 +1114,10 @@ def test_batch_size_is_lowered_to_fit_a_small_training_set(tmp_path, call):
     folders(tmp_path, train=dict(ant=20, bee=20))
     options = ["--dataset", "small_imagefolder", "--data-root", tmp_path, "--epochs", 1]
     options += ["--output", tmp_path / "run", "--workers", 0, "--warmup", 0]
-    lowered = "--batch-size 128 is lowered to 16: the training set has 2[0-9] images\n"
+    lowered = "--batch-size 128 is lowered to 16: the training set has 28 images\n"
     assert re.search("^" + lowered, call(train, *options).err, re.MULTILINE)
-    counts = checkpoint(tmp_path / "run")["args"]["images"]
-    assert checkpoint(tmp_path / "run")["args"]["batch_size"] == 16 <= counts["train"] < 32
+    assert checkpoint(tmp_path / "run")["args"]["batch_size"] == 16
     call(stage2, *options[4:8], "--workers", 0, *BALANCED)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["arguments"]["batch_size"] == 16 and sum(results["counts"]) == counts["train"]
-    assert sum(results["reported_counts"]) == counts["test"]
+    assert results["arguments"]["batch_size"] == 16 and results["counts"] == [14, 14]
+    assert results["reported_counts"] == [4, 4]
