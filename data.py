@@ -8,7 +8,9 @@ The check counts images and classes and names missing, broken and repeated files
 """
 
 import argparse
+import atexit
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -245,7 +247,7 @@ def key_view(images, draws, cfg):
     return photometric(random_view(images, draws, cfg), draws, cfg, cfg.key_jitter)
 
 
-# --------------------------------------------------------------------------- long-tailed subsets
+# ------------------------------------------------ long-tailed subsets; many, medium and few shots
 
 
 def long_tailed_counts(largest, classes, factor):
@@ -660,9 +662,9 @@ def seed_from(*numbers):
 class Batches:
     """The batches of a whole run: (indices, seeds of their random crops) for each step.
 
-    Each epoch shuffles all images and drops the last incomplete batch. With `balanced`, sampling is
-    class-balanced: a class is drawn uniformly, then an image of it. A batch depends only on (seed,
-    step), so that a run can continue at any step. Every rank gets its rows of the global batch.
+    Each epoch shuffles all images and drops the last incomplete batch; with `balanced`, sampling is
+    class-balanced instead. A batch depends only on (seed, step), so that a run can continue at any
+    step. Every rank gets its rows of the global batch.
     """
 
     def __init__(self, labels, batch_size, epochs, seed, balanced=False, start=0, rank=0, world=1):
@@ -680,7 +682,7 @@ class Batches:
         counts = self.labels.bincount()
         first = counts.cumsum(0) - counts
         for step in self.steps:
-            if self.balanced:
+            if self.balanced:  # a class is drawn uniformly, then an image of it
                 random = torch.Generator().manual_seed(seed_from(self.seed, step))
                 draw = torch.rand(2, self.batch_size, generator=random, dtype=torch.float64)
                 drawn = (draw[0] * len(counts)).long()
@@ -710,12 +712,21 @@ class BatchDataset:
 
 
 def ignore_interrupts(worker):
-    """Ctrl-C reaches workers, too; only the main process answers it."""
+    """Ctrl-C and the SIGTERM of Slurm reach workers, too; only the main process answers them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers():
+    """End them at exit, where multiprocessing would wait for the answer to its SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report that they were killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def load_batches(dataset, batches, workers, device):
     """A loader of a BatchDataset; `batches` is Batches, or a list of (indices, seeds)."""
+    atexit.register(end_workers)
     return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
                       pin_memory=device.type == "cuda", persistent_workers=workers > 0,
                       worker_init_fn=ignore_interrupts)

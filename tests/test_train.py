@@ -841,6 +841,16 @@ def test_headline_command_needs_no_flag_for_images_in_datasets(imagenet_tree, tm
     assert done.returncode == 2 and done.stderr.startswith(says)
 
 
+def test_sigterm_to_all_processes_of_a_job_saves_a_checkpoint(imagenet_tree, tmp_path):
+    command = ["train.py", *FILES, "--data-root", imagenet_tree, "--output", tmp_path]
+    process = begin(*command, "--epochs", 99, text=True, start_new_session=True)
+    next(line for line in process.stderr if "epoch" in line and "ETA" in line)
+    os.killpg(process.pid, signal.SIGTERM)  # the worker gets it, too
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said.startswith("saving a checkpoint at the next record")
+    assert 0 < checkpoint(tmp_path)["step"] < 99
+
+
 def test_unreadable_image_stops_both_stages_and_is_named(imagenet_tree, tmp_path, call):
     root, output = tmp_path / "data", ["--output", tmp_path / "run", "--epochs", 1]
     shutil.copytree(imagenet_tree, root)
