@@ -247,7 +247,7 @@ def key_view(images, draws, cfg):
     return photometric(random_view(images, draws, cfg), draws, cfg, cfg.key_jitter)
 
 
-# ------------------------------------------------ long-tailed subsets; many, medium and few shots
+# ---------------------------------- long-tailed subsets; many-, medium- and few-shot classes
 
 
 def long_tailed_counts(largest, classes, factor):
