@@ -592,7 +592,8 @@ def test_probabilities_are_calibrated_on_val_and_predictions_stay(trained, tmp_p
 
     # The final classifier may see all images; the accuracies are those of the honest one.
     heads = torch.load(tmp_path / "a" / "model.pth", weights_only=True)["model"]["heads.0.weight"]
-    call(stage2, *given, tmp_path / "a", "--fit-on", "all")
+    said = call(stage2, *given, tmp_path / "a", "--fit-on", "all").err
+    assert re.search("model.pth has a classifier of all [0-9]+ images", said)
     again = json.loads((tmp_path / "a" / "results.json").read_text())
     assert again["fit_on"] == "all" and results["fit_on"] == "train"
     assert again["per_class"] == results["per_class"]
