@@ -414,7 +414,7 @@ def test_two_processes_continue_a_run_of_one_and_torchrun_replaces_a_dead_one(
     assert checkpoint(tmp_path)["step"] == 9
     code = "import train; train.LOG_EVERY = 1; train.run(train.main)"
     command = [*LAUNCH, "--max-restarts=1", "--no-python", sys.executable, "-c", code]
-    # Otherwise restarted processes may find the addresses of the dead ones; see the README.
+    # Otherwise restarted processes may find the addresses of the dead ones; see RESULTS.md.
     env = ONE_THREAD | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     # Checkpoints are 0.6 seconds apart, so that the kill finds the other process training.
     process = begin(*command, *arguments, "--save-minutes", 0.01, env=env)
@@ -850,6 +850,14 @@ def test_sigterm_to_all_processes_of_a_job_saves_a_checkpoint(imagenet_tree, tmp
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and said.startswith("saving a checkpoint at the next record")
     assert 0 < checkpoint(tmp_path)["step"] < 99
+
+
+def test_a_bug_ends_the_process_though_its_workers_ignore_sigterm(imagenet_tree, tmp_path):
+    arguments = ["train.py", *FILES, "--data-root", imagenet_tree, "--output", tmp_path]
+    code = f"import sys, train\nsys.argv = {list(map(str, arguments))}\n"
+    code += "train.learning_rate = lambda *given: 1 / 0\ntrain.run(train.main)"
+    done = python("-c", code)  # it would wait for them forever
+    assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
 def test_unreadable_image_stops_both_stages_and_is_named(imagenet_tree, tmp_path, call):
