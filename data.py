@@ -434,7 +434,7 @@ def load_dataset(name, root, index_dir=None, imbalance=None, download=False):
     """
     entry, root = DATASETS[name], Path(root)
     if "cifar" in entry:
-        sets = read_cifar(entry["cifar"], root, imbalance, download)
+        sets = read_cifar(entry["cifar"], root, 100 if imbalance is None else imbalance, download)
     elif imbalance is not None or download:
         raise BadInput(f"--imbalance and --download are for cifar10_lt and cifar100_lt, not {name}")
     elif not root.is_dir():
@@ -717,6 +717,7 @@ def ignore_interrupts(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register
 def end_workers():
     """End them at exit, where multiprocessing would wait for the answer to its SIGTERM."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report that they were killed
@@ -726,10 +727,11 @@ def end_workers():
 
 def load_batches(dataset, batches, workers, device):
     """A loader of a BatchDataset; `batches` is Batches, or a list of (indices, seeds)."""
-    atexit.register(end_workers)
+    # The forkserver of Python 3.14 would get SIGTERM as well, and copy the paths to each worker.
+    method = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
                       pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-                      worker_init_fn=ignore_interrupts)
+                      worker_init_fn=ignore_interrupts, multiprocessing_context=method)
 
 
 # -------------------------------------------------------------------- what the commands share

@@ -550,12 +550,13 @@ def draw_accuracy(directory, results, names):
     """Draw a bar for each class, sorted by training images, coloured by many, medium and few."""
     counts, tested = torch.tensor(results["counts"]), results["reported_counts"]
     order = counts.argsort(descending=True, stable=True).tolist()
-    # The height of a bar, where it begins, and where the first one is. A percent has 4 pixels.
-    height, left, top = (18, 300, 64) if len(order) <= 100 else (2, 40, 64)
+    # Bars of this height begin here; a percent has 4 pixels.
+    named, top = len(order) <= 100, 64
+    height, left = (18, 300) if named else (2, 40)
     image = Image.new("RGB", (left + 430, top + height * len(order) + 6), "white")
     draw, font, groups = ImageDraw.Draw(image), load_font(), shot_groups(counts)
-    title = f"top-1 on {results['reported_on']}, mean of classes {results['all']:.2f}; beside a "
-    title += f"name: training images, {results['reported_on']} images"
+    title = f"top-1 on {results['reported_on']}, mean of classes {results['all']:.2f}"
+    title += f"; beside a name: training and {results['reported_on']} images" if named else ""
     draw.text((6, 4), title, "black", font)
     for n, name in enumerate(name for name in groups if results[name] is not None):
         draw.text((6 + 120 * n, 24), f"{name} {results[name]:.1f}", GROUP_COLORS[name], font)
@@ -564,10 +565,11 @@ def draw_accuracy(directory, results, names):
         draw.line([(x, top), (x, image.height)], (220, 220, 220))
         draw.text((x, top - 6), str(percent), "black", font, "ms")
     for n, label in enumerate(order):
-        y, accuracy = top + n * height, results["per_class"][label] or 0  # None: no test image
-        color = next(GROUP_COLORS[name] for name, mask in groups.items() if mask[label])
-        draw.rectangle((left, y, left + 4 * accuracy, y + height - 2), color)
-        if height == 18:
+        y, accuracy = top + n * height, results["per_class"][label]
+        if accuracy is not None:  # else the class has no test image
+            color = next(GROUP_COLORS[name] for name, mask in groups.items() if mask[label])
+            draw.rectangle((left, y, left + 4 * accuracy, y + height - 2), color)
+        if named:
             text = f"{names[label]}: {counts[label]}, {tested[label]}"
             draw.text((left - 6, y + 8), text, "black", font, "rm")
     image.save(directory / "accuracy.png")

@@ -138,8 +138,8 @@ def main():
         raise BadInput(f"--batch-size {args.batch_size}: BatchNorm needs two images a process")
     baseline = args.loss in CLASSIFIERS
     if not args.epochs:  # the baselines get twice the steps, which take about the same time
-        steps = args.steps * (2 if baseline else 1)
-        args.epochs = math.ceil(steps / (len(train_set) // args.batch_size))
+        wanted = args.steps * (2 if baseline else 1)
+        args.epochs = math.ceil(wanted / (len(train_set) // args.batch_size))
     saved = resume(path, STAGE, args, device)
     first = saved["step"] if saved else 0
     ranks = dict(seed=args.seed, start=first, rank=rank, world=world)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# kornia 0.9.0, torchvision 0.29.1. Random resized crops on the GPU are often kornia's, which are drawn
-# like torchvision's, but not resized like them: kornia interpolates bilinearly without antialiasing,
-# in both of its cropping modes, and its RandomResizedCrop has no parameter for it. Where a crop
-# shrinks, a pixel of the view is made of at most four pixels, and the others do not count. Of noise, of
-# which every pixel is drawn alone, torchvision leaves the part that the smaller view can show.
+# kornia 0.9.0, torchvision 0.29.1. Random resized crops on the GPU are often kornia's. They are not
+# resized like torchvision's: kornia interpolates bilinearly without antialiasing, in both of its
+# cropping modes, and its RandomResizedCrop has no parameter for it. Where a crop shrinks, a pixel of
+# the view is made of at most four pixels, and the others do not count. Of noise that is independent for
+# each pixel torchvision keeps only what the smaller view can show.
 #
 # kornia 0.9.0, torchvision 0.29.1
 # standard deviation of noise (0.289 before) in views of 64 pixels, of crops of about 95 % of the image

@@ -11,8 +11,8 @@
 #            DataLoader worker is killed by signal: Terminated.
 #
 # It hurts runs on clusters that preempt jobs: the checkpoint that SIGTERM asks for is missing, or half
-# of it. Let workers ignore SIGTERM (worker_init_fn), and kill them when the process exits, since
-# multiprocessing ends them by the same signal; and write to a new file that then replaces the old one.
+# of it. Let forked workers ignore SIGTERM (worker_init_fn), and kill them when the process exits,
+# since multiprocessing ends them by the same signal; and write to a new file that then replaces the old one.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
@@ -38,12 +38,13 @@ def write_checkpoint():
         parts.append(part)
 
 
+how = dict(multiprocessing_context="fork") if workers else {}
 os.setsid()  # a job of its own: this process and its workers
 signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-batches = iter(DataLoader(TensorDataset(torch.arange(1000)), num_workers=workers))
+batches = iter(DataLoader(TensorDataset(torch.arange(1000)), num_workers=workers, **how))
 next(batches)
-kill = ["kill", "-TERM", "--", f"-{os.getpgid(0)}"]  # from elsewhere, as a scheduler does
-subprocess.run(kill, start_new_session=True, check=True)
+kill = f"sleep 0.5; kill -s TERM -- -{os.getpgid(0)}"  # from elsewhere, as a scheduler does
+subprocess.Popen(["sh", "-c", kill], start_new_session=True)
 error = None
 try:
     write_checkpoint()
