@@ -623,9 +623,9 @@ def parse_args():
     for flag in ("--checkpoint", "--output", "--dataset", "--predict", "--summary"):
         first.add_argument(flag, nargs="?")
     first = first.parse_known_args()[0]
-    output = Path(first.output or f"runs/{first.dataset or data.DEFAULT}")
+    beside = first.checkpoint and Path(first.checkpoint).parent
+    output = Path(first.output or beside or f"runs/{first.dataset or data.DEFAULT}")
     checkpoint = Path(first.checkpoint or output / "checkpoint.pth")
-    output = checkpoint.parent if first.checkpoint and not first.output else output
     file = (output / "model.pth", RESULT, "eval.py") if first.predict else (checkpoint, train.STAGE)
     saved = load(*file) if file[0].exists() and not first.summary else None
     stage1 = saved["args"] if saved else {}

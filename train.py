@@ -130,6 +130,7 @@ def main():
     sets = data.load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
     if args.views:
         return draw_views(args.views, sets["train"], args)
+    args.images = {split: len(part) for split, part in sets.items()}
     train_set, path = sets["train"], args.output / "checkpoint.pth"
     # resume() and eval.py refuse other training images or classes.
     args.training_images, args.classes = train_set.fingerprint(), train_set.names
@@ -181,10 +182,10 @@ def main():
         model = distributed(encoder)
     if rank == 0:
         log = open_log(args.output / "log.jsonl", args, first)
-        precision = "bfloat16" if args.amp == "bf16" else "float32"
-        data.say(f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
-                 f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}, "
-                 f"{args.workers} workers each")
+    precision = "bfloat16" if args.amp == "bf16" else "float32"
+    data.say(f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
+             f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}, "
+             f"{args.workers} workers each")
     if device.type == "cpu" and args.dataset == "imagefolder":
         data.say("the defaults of imagefolder take hours on a CPU, those of small_imagefolder "
                  "minutes")
@@ -454,7 +455,7 @@ def to_json(args):
 
 # Arguments that may change when a run continues: of both stages, then of one of them.
 MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
-MAY_CHANGE |= {"views", "checkpoint", "plots", "export", "predict", "summary", "fit_on"}
+MAY_CHANGE |= {"images", "views", "checkpoint", "plots", "export", "predict", "summary", "fit_on"}
 
 
 def comparable(settings, ignored=MAY_CHANGE):

@@ -12,7 +12,8 @@
 #
 # It hurts runs on clusters that preempt jobs: the checkpoint that SIGTERM asks for is missing, or half
 # of it. Let forked workers ignore SIGTERM (worker_init_fn), and kill them when the process exits,
-# since multiprocessing ends them by the same signal; and write to a new file that then replaces the old one.
+# since multiprocessing ends them by the same signal; and write to a new file, which then replaces
+# the old one.
 set -euo pipefail
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT

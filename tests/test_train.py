@@ -805,6 +805,7 @@ def test_imagenet_lt_trains_and_evaluates_in_two_processes(imagenet_tree, tmp_pa
     saved, (header, steps) = checkpoint(tmp_path), records(tmp_path)
     assert saved["step"] == 2 and saved["queue"]["_extra_state"] == 2 * 16
     assert [record["step"] for record in steps] == [2]
+    assert header["arguments"]["images"] == {s: sum(c) for s, c in TREE_COUNTS.items()}
     stage2 = ["eval.py", "--output", tmp_path, "--epochs", 1, "--batch-size", 16, "--workers", 1]
     done = python(*LAUNCH, *stage2, "--bn", "train", env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
