@@ -3,12 +3,15 @@
     python data.py --dataset imagenet_lt               # check a data set: counts, missing files
     python data.py --dataset imagenet_lt --decode      # and that every image can be decoded
     python data.py --dataset cifar100_lt --download    # download and check CIFAR
+    python data.py --dataset imagefolder --list        # a JSON line for each image: its split
 
-The check counts images and classes and names missing, broken and repeated files; exit code 1.
+The check counts images and classes, and names missing and broken files and those that are in two
+splits or classes; exit code 1 if there are any.
 """
 
 import argparse
 import atexit
+import json
 import math
 import multiprocessing
 import os
@@ -18,20 +21,27 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+# On ARM these make oneDNN compute float32 in bfloat16, and torch cannot set it back once it is loaded.
+for variable in ("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"):
+    os.environ.pop(variable, None)
+for stream in ("stdout", "stderr"):  # closed: the next file that is opened would get its number
+    if getattr(sys, stream) is None:
+        setattr(sys, stream, open(os.devnull, "w"))
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import roi_align
@@ -45,32 +55,35 @@ try:
 except ImportError:
     decode_jpeg = None
 
+# Pillow's own reader garbles some uncompressed TIFFs: 16-bit colours in planes, turned grey ones.
+TiffImagePlugin.READ_LIBTIFF = True
+
 HERE = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))  # rank of this process, set by torchrun
 RATIO = (3 / 4, 4 / 3)  # range of the aspect ratio of all crops
 
 # ----------------------------------------------------------------------- what the data sets are
 
-# Data sets with "npz" or "cifar" are held in memory and cropped on the device; images of those with
+# Data sets with "npz" or "cifar" are whole in memory and cropped on the device; images of those with
 # an "index" or with class folders are decoded and cropped by worker processes. train.py has the
 # settings for each data set.
-FASHION = "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split()
+FASHION_CLASSES = "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split()
 DATASETS = {
-    "fashion_mnist_lt": dict(npz="fashion_mnist_lt.npz", names=FASHION),
+    "fashion_mnist_lt": dict(npz="fashion_mnist_lt.npz", names=FASHION_CLASSES),
     "cifar10_lt": dict(cifar=CIFAR10),
     "cifar100_lt": dict(cifar=CIFAR100),
     "imagenet_lt": dict(index="ImageNet_LT", published=dict(train=115846, val=20000, test=50000)),
     "places_lt": dict(index="Places_LT", published=dict(train=62500, val=7300, test=36500)),
     # It has no test split.
     "inaturalist18": dict(index="iNaturalist18", published=dict(train=437513, val=24426)),
-    "imagefolder": dict(),
-    "small_imagefolder": dict(held=True),
+    "imagefolder": dict(folders=True),
+    "small_imagefolder": dict(folders=True),
 }
 DEFAULT = "fashion_mnist_lt"
 
 
-def in_memory(name):
-    """Whether a data set is held in memory and cropped on the device."""
+def cropped_on_device(name):
+    """Whether the images of a data set are arrays in memory, from which the device cuts the views."""
     return "npz" in DATASETS[name] or "cifar" in DATASETS[name]
 
 
@@ -78,10 +91,31 @@ class BadInput(Exception):
     """The user's input cannot be used; the message names it and says how to fix it."""
 
 
-def say(text):
+def tell(text, end="\n"):
+    """Print to stderr. What nobody can read is dropped: no message ends a run."""
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # the terminal was closed, or the reader of the pipe has gone
+        sys.stderr = open(os.devnull, "w")
+    except RuntimeError:  # a signal came while another message was being printed
+        pass
+
+
+def say(text, end="\n"):
     """Print a note to stderr, once for all processes."""
     if RANK == 0:
-        print(text, file=sys.stderr)
+        tell(text, end)
+
+
+noted = set()
+
+
+def note_once(kind, text):
+    """Say what is unusual about an image: the first of each kind; of workers only one does."""
+    worker = get_worker_info()
+    if kind not in noted and (worker is None or worker.id == 0):
+        noted.add(kind)
+        say(text)
 
 
 # ----------------------------------------------------------------------------- views and patches
@@ -96,19 +130,19 @@ def constant(values, device):
 class Draws:
     """Random numbers for the views of images, the same with any number of processes.
 
-    They are drawn for the whole global batch, and this process uses those of its `rows`. Copy j of
-    image i is row j * (number of images) + i.
+    They are drawn for the whole global batch, and this process uses those at its `positions` in it.
+    Copy j of image i is element j * (number of images) + i.
     """
 
-    def __init__(self, seed, batch_size, rows, device):
+    def __init__(self, seed, batch_size, positions, device):
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.batch_size, self.rows, self.device = batch_size, rows, device
+        self.batch_size, self.positions, self.device = batch_size, positions, device
 
     def uniform(self, low, high, *shape, copies=1):
         """Uniform in [low, high], `copies` for each image: [copies * images, *shape]."""
         shape = copies, self.batch_size, *shape
         draw = torch.empty(shape, device=self.device).uniform_(low, high, generator=self.generator)
-        return draw[:, self.rows].flatten(0, 1)
+        return draw[:, self.positions].flatten(0, 1)
 
 
 def random_boxes(draws, size, scale, copies=1, tries=10):
@@ -122,8 +156,8 @@ def random_boxes(draws, size, scale, copies=1, tries=10):
     aspect = draws.uniform(*np.log(RATIO), tries, copies=copies).exp()
     sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=2)  # [N, tries, 2]
     sides = torch.cat([sides, sides.new_full((len(sides), 1, 2), size)], dim=1)
-    fits = (sides <= size).all(2).byte().argmax(1)  # the first that fits
-    sides = sides.take_along_dim(fits[:, None, None], dim=1).squeeze(1)  # [N, 2]
+    chosen = (sides <= size).all(2).byte().argmax(1)  # [N] the first that fits
+    sides = sides.take_along_dim(chosen[:, None, None], dim=1).squeeze(1)  # [N, 2]
     corner = draws.uniform(0, 1, 2, copies=copies) * (size - sides)
     return torch.cat([corner, corner + sides], dim=1)
 
@@ -133,9 +167,9 @@ def crop(images, boxes, size):
 
     Box i is of image i mod B. RoIAlign interpolates bilinearly, and averages where it shrinks.
     """
-    rows = torch.arange(len(images), device=boxes.device, dtype=boxes.dtype)
-    rows = rows.repeat(len(boxes) // len(images))
-    return roi_align(images, torch.cat([rows[:, None], boxes], dim=1), size, aligned=True)
+    image_index = torch.arange(len(images), device=boxes.device, dtype=boxes.dtype)
+    image_index = image_index.repeat(len(boxes) // len(images))
+    return roi_align(images, torch.cat([image_index[:, None], boxes], dim=1), size, aligned=True)
 
 
 def random_flip(images, draws, copies=1):
@@ -146,9 +180,19 @@ def random_flip(images, draws, copies=1):
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 RGB_TO_YIQ = np.array([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
-# A hue change rotates I and Q by an angle a: in RGB, HUE[0] + cos(a) HUE[1] + sin(a) HUE[2].
-TURN = np.array([np.diag([1, 0, 0]), np.diag([0, 1, 1]), [[0, 0, 0], [0, 0, -1], [0, 1, 0]]])
-HUE = tuple((np.linalg.inv(RGB_TO_YIQ) @ TURN @ RGB_TO_YIQ).flatten())
+
+
+def hue_rotation(angle):
+    """Rotations of the colours I and Q by angles [B, 1, 1], as matrices for RGB: [B, 3, 3]."""
+
+    def in_rgb(matrix):  # inverse(YIQ) · matrix · YIQ
+        matrix = np.linalg.inv(RGB_TO_YIQ) @ np.array(matrix) @ RGB_TO_YIQ
+        return constant(tuple(matrix.flatten()), angle.device).view(3, 3)
+
+    unchanged = in_rgb([[1, 0, 0], [0, 0, 0], [0, 0, 0]])  # Y
+    cosine = in_rgb([[0, 0, 0], [0, 1, 0], [0, 0, 1]])  # I and Q to themselves
+    sine = in_rgb([[0, 0, 0], [0, 0, -1], [0, 1, 0]])  # I to Q, and Q to -I
+    return unchanged + angle.cos() * cosine + angle.sin() * sine
 
 
 def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0, copies=1):
@@ -159,22 +203,23 @@ def color_matrices(channel_means, draws, jitter, jitter_p=1.0, grey_p=0.0, copie
     shift in HSV, and values are clamped once at the end, so that the order does not matter.
     """
     device = channel_means.device
-    luma, hues = constant(LUMA, device), constant(HUE, device).view(3, 3, 3)
-    unchanged = torch.eye(3, 4, device=device)
-    identity, grey = unchanged[:, :3], luma.expand(3, 3)
-    low = constant((*(max(0, 1 - s) for s in jitter[:3]), -2 * math.pi * jitter[3]), device)
-    high = constant((*(1 + s for s in jitter[:3]), 2 * math.pi * jitter[3]), device)
-    changes = torch.lerp(low, high, draws.uniform(0, 1, 4, copies=copies))[..., None, None]
-    brightness, contrast, saturation, angle = changes.unbind(1)  # each [B, 1, 1]
+    luma, unchanged = constant(LUMA, device), torch.eye(3, 4, device=device)
+    identity, to_grey = unchanged[:, :3], luma.expand(3, 3)
+    smallest = constant((*(max(0, 1 - s) for s in jitter[:3]), -2 * math.pi * jitter[3]), device)
+    largest = constant((*(1 + s for s in jitter[:3]), 2 * math.pi * jitter[3]), device)
+    drawn = torch.lerp(smallest, largest, draws.uniform(0, 1, 4, copies=copies))
+    brightness, contrast, saturation, angle = drawn[..., None, None].unbind(1)  # each [B, 1, 1]
 
-    turn = hues[0] + angle.cos() * hues[1] + angle.sin() * hues[2]
-    matrix = brightness * contrast * (turn @ torch.lerp(grey, identity, saturation))
-    # Contrast mixes pixels with the mean grey of the image, which saturation and hue do not change.
-    offset = brightness * (1 - contrast) * (channel_means @ luma)[:, None, None]
-    matrix = torch.cat([matrix, offset.expand(-1, 3, 1)], dim=2)
-    jittered = draws.uniform(0, 1, 1, 1, copies=copies) < jitter_p
-    matrix = torch.where(jittered, matrix, unchanged)
-    return torch.where(draws.uniform(0, 1, 1, 1, copies=copies) < grey_p, grey @ matrix, matrix)
+    # pixel -> brightness * (contrast * hue * saturation * pixel + (1 - contrast) * mean grey).
+    # Saturation and hue do not change the mean grey of an image, which contrast mixes in.
+    matrix = hue_rotation(angle) @ torch.lerp(to_grey, identity, saturation)
+    mean_grey = (channel_means @ luma)[:, None, None].expand(-1, 3, 1)
+    matrix = torch.cat([contrast * matrix, (1 - contrast) * mean_grey], dim=2)
+    matrix = brightness * matrix
+    is_jittered = draws.uniform(0, 1, 1, 1, copies=copies) < jitter_p
+    matrix = torch.where(is_jittered, matrix, unchanged)
+    is_grey = draws.uniform(0, 1, 1, 1, copies=copies) < grey_p
+    return torch.where(is_grey, to_grey @ matrix, matrix)
 
 
 def color_transform(images, matrices):
@@ -210,8 +255,8 @@ def normalize(images, cfg):
 
 def photometric(images, draws, cfg, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0, copies=1):
     """Colour changes, blur and normalisation of images [copies * B, C, H, W] in [0, 1]."""
-    means = images.mean((2, 3)).expand(-1, 3)
-    matrices = color_matrices(means, draws, jitter, jitter_p, grey_p, copies)
+    channel_means = images.mean((2, 3)).expand(-1, 3)
+    matrices = color_matrices(channel_means, draws, jitter, jitter_p, grey_p, copies)
     images = color_transform(images, matrices)
     return normalize(random_blur(images, draws, blur_p, copies), cfg)
 
@@ -219,7 +264,7 @@ def photometric(images, draws, cfg, jitter, jitter_p=1.0, grey_p=0.0, blur_p=0.0
 def random_view(images, draws, cfg):
     """A random view of uint8 images: float [B, C, V, V] in [0, 1], flipped with probability 1/2."""
     images = images.float() / 255
-    if in_memory(cfg.dataset):  # else they are crops from the worker process that decoded them
+    if cropped_on_device(cfg.dataset):  # else they are random crops already
         boxes = random_boxes(draws, images.shape[-1], cfg.crop_scale)
         images = crop(images, boxes, cfg.view_size)
     return random_flip(images, draws)
@@ -238,7 +283,8 @@ def query_views(images, draws, cfg, count=0):
         boxes = random_boxes(draws, cfg.view_size, cfg.patch_scale, copies=count)
         patches = random_flip(crop(view, boxes, cfg.patch_size), draws, count)
         patches = photometric(patches, draws, cfg, *changes, copies=count)
-        boxes, patches = (part.unflatten(0, (count, len(view))) for part in (boxes, patches))
+        boxes = boxes.unflatten(0, (count, len(view)))
+        patches = patches.unflatten(0, (count, len(view)))
     return photometric(view, draws, cfg, *changes), boxes, patches
 
 
@@ -270,6 +316,12 @@ def shot_groups(counts):
 # ----------------------------------------------------------------------------- images and splits
 
 
+def fingerprint(content, labels):
+    """Number and hash of the images, of which `content` has the bytes, and of their labels."""
+    digest = sha256(content.tobytes() + labels.numpy().tobytes()).hexdigest()
+    return f"{len(labels)} images, hash {digest[:12]}"
+
+
 class ImageArrays:
     """Images in memory: uint8 [N, C, H, W], labels int64 [N], and class names or None."""
 
@@ -280,23 +332,30 @@ class ImageArrays:
         return len(self.labels)
 
     def fingerprint(self):
-        """Number and hash of images (on disk: of their paths) and labels."""
-        content = np.asarray(self.images).tobytes() + self.labels.numpy().tobytes()
-        return f"{len(self)} images, hash {sha256(content).hexdigest()[:12]}"
+        """Number and hash of images and labels."""
+        return fingerprint(self.images.numpy(), self.labels)
 
     def views(self, indices, seeds, cfg, crops):
         """The whole images, uint8 [1, B, C, H, W]; they are cropped on the device."""
         return self.images[indices][None]
 
 
-class ImageFiles(ImageArrays):
+class ImageFiles:
     """Images on disk: their paths below root, labels int64 [N], and class names or None."""
 
     def __init__(self, root, paths, labels, origin, names=None, upright=False):
-        paths = np.asarray(paths)  # an array of bytes, which workers share
-        super().__init__(paths, torch.as_tensor(labels, dtype=torch.long), origin, names)
-        self.root, self.paths, self.held = root, paths, None
+        self.root, self.origin, self.names = root, origin, names
+        self.paths = np.asarray(paths)  # an array of bytes, which workers share
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+        self.pixels = None  # from hold(): the images, decoded and shrunk, [3, H, W] each
         self.upright = upright  # turn images as EXIF says, which papers of the benchmarks do not
+
+    def __len__(self):
+        return len(self.labels)
+
+    def fingerprint(self):
+        """Number and hash of paths and labels."""
+        return fingerprint(self.paths, self.labels)
 
     def path(self, index):
         return self.root / os.fsdecode(self.paths[index])
@@ -307,48 +366,79 @@ class ImageFiles(ImageArrays):
         The random crops depend only on seeds [B]. BadInput names a file that cannot be read.
         """
         views = []
-        for place, index in enumerate(indices):
-            with self.opened(index) as (image, orientation):
+        for n, index in enumerate(indices):
+            with self.opened(index) as image:
                 if crops:
                     # torch.manual_seed would seed GPUs too, which a worker must not use.
-                    torch.default_generator.manual_seed(seeds[place])
+                    torch.default_generator.manual_seed(seeds[n])
                     of_image = random_crops(image, cfg.crop_scale, cfg.view_size, crops)
                 else:
                     of_image = [central_crop(image, cfg.view_size)]
-                # Square crops of a turned image and turned crops are alike.
+                # Square crops of a turned image and turned crops have the same distribution.
+                orientation = exif_orientation(image) if self.upright else 1
                 views += [turned(view, orientation) for view in of_image]
         # In a worker, default_collate writes to shared memory; channels last, like decoded images.
         views = default_collate([view.permute(1, 2, 0) for view in views])
         return views.unflatten(0, (len(indices), -1)).permute(1, 0, 4, 2, 3)
 
-    @contextmanager
     def opened(self, index):
-        """An open image, or the pixels that hold() kept; and the EXIF orientation to apply."""
-        if self.held:
-            yield torch.from_numpy(self.held[index]), 1
-        else:
-            with open_image(self.path(index)) as image:
-                yield image, image.getexif().get(0x0112, 1) if self.upright else 1
+        """A context with an open image file, or with the pixels [3, H, W] that hold() kept."""
+        return nullcontext(self.pixels[index]) if self.pixels else open_image(self.path(index))
 
     def hold(self, cfg, threads):
-        """Read all images once and keep them, shrunk as far as the crops of cfg allow."""
+        """Read all images once and keep them, shrunk as far as the crops of cfg allow.
+
+        If they would take more than half of this host's free memory, shared by its processes, they
+        are not kept: workers read them in every epoch.
+        """
         side = math.ceil(cfg.view_size / cfg.crop_scale[0] ** 0.5)  # of the smallest square crop
-        if 4 * side**2 * len(self) > 4e9:  # bytes of three colours, sides about 3:4
-            return say(f"{len(self):,} images of {side} pixels take more than 4 GB: every epoch "
-                       "reads them anew")
+
+        def shrunk_bytes(index):
+            with self.opened(index) as image:
+                width, height = image.size
+            return 3 * width * height * min(1, side / min(width, height)) ** 2
+
+        sample = range(0, len(self), math.ceil(len(self) / 100))
+        size = sum(map(shrunk_bytes, sample)) / len(sample) * len(self)
+        usable = free_memory() / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if size > usable:
+            return say(f"{len(self):,} images would take {size / 1e9:.1f} GB, more than half of the "
+                       "free memory of a process: every epoch reads them anew")
+        say(f"{len(self):,} images are kept in memory, {size / 1e9:.1f} GB in each process")
 
         def read(index):
-            with self.opened(index) as (image, orientation):
+            with self.opened(index) as image:
                 pixels = decode(image, min(image.size) / side)
                 pixels = resize(pixels, [min(side, *pixels.shape[1:])], antialias=True)
-                return turned(pixels, orientation).numpy()
+                return turned(pixels, exif_orientation(image) if self.upright else 1).numpy()
 
-        images, progress = [], Progress(len(self))
+        pixels, progress = [], Progress(len(self))
         with ThreadPool(threads) as pool:
             for image in pool.imap(read, range(len(self)), 8):
-                images.append(image)
-                progress.show(len(images), f"reading images: {len(images):,} of {len(self):,}")
-        self.held = images
+                pixels.append(torch.from_numpy(image))
+                progress.show(len(pixels), f"reading images: {len(pixels):,} of {len(self):,}")
+        self.pixels = pixels
+
+
+def free_memory():
+    """Bytes of memory that are free on this host and, on Linux, within its container's limits."""
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):
+        bounds.append(1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, path = line.split(":", 2)  # "0::/job", or "4:memory:/job" of cgroups version 1
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+            if kind == "memory":
+                root, names = root / kind, ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            elif kind:
+                continue
+            group = root / path[1:]
+            for place in (group, *group.parents):
+                with suppress(OSError, ValueError):  # no limit here, or "max"
+                    limit, used = (int((place / name).read_text()) for name in names)
+                    statistics = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                    bounds.append(limit - used + int(statistics.get("file") or statistics["cache"]))
+    return min(bounds)
 
 
 @contextmanager
@@ -356,6 +446,11 @@ def open_image(path):
     """An image file, open but not decoded; BadInput names it if it cannot be read."""
     try:
         with Image.open(path) as image:
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                note_once("pages", f"{path} has {image.n_frames} pages or frames: of such files only "
+                                   "the first is read")
+            if image.format == "TIFF":
+                image.load()  # Pillow turns it as its orientation says; only then its size is right
             yield image
     except Exception as error:  # Pillow raises many kinds of errors on broken files
         reason = getattr(error, "strerror", None) or error
@@ -363,20 +458,38 @@ def open_image(path):
                        "then run the same command again") from None
 
 
-def decode(image, max_downscale=1.0):
+def exif_orientation(image):
+    """The EXIF orientation, 1 to 8, that is still to be applied to an image after decode()."""
+    with suppress(Exception):  # Pillow raises many kinds of errors on malformed EXIF
+        return image.getexif().get(0x0112, 1)  # Pillow has applied and removed that of a TIFF
+    return 1
+
+
+def bits_per_sample(image):
+    """Bits of each sample, as an open image file states them, before its pixels are loaded."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,)))
+    reading = image.tile[0][3] if image.tile else ""  # how Pillow will read the pixels
+    deep = image.mode[0] == "I" or image.format == "PNG" and ";16" in str(reading)
+    deep |= image.format == "PPM" and isinstance(reading, tuple) and reading[-1] > 255
+    return 16 if deep else 8
+
+
+def decode(image, max_downscale=1.0, note=note_once):
     """An open image as uint8 [3, H, W]; grey, CMYK, palette and alpha become RGB.
 
-    16-bit grey is read as value // 256, as image viewers show it; 32-bit pixels raise ValueError. A
-    JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but never at less than 1 / max_downscale, so
-    that the resize that follows still shrinks it.
+    Of 16 bits the upper 8 are taken, as image viewers do; note(kind, text) is called if that leaves
+    few levels. Other depths raise ValueError. A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size,
+    but never at less than 1 / max_downscale, so that the resize that follows still shrinks it.
     """
     if isinstance(image, torch.Tensor):  # from ImageFiles.hold
         return image
     # 16-bit grey has mode "I;16" or, in some versions of Pillow, "I".
-    if image.mode[:4] == "I;16" or image.mode == "I" and image.format in ("PNG", "PPM"):
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    elif image.mode[0] in "IF":
-        raise ValueError("its pixels have 32 bits; 8 are supported, or 16 in grey images")
+    grey_16 = image.mode[:4] == "I;16" or image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode[0] in "IF" and not grey_16:
+        raise ValueError("its pixels have 32 bits or a sign; 8 or 16 bits without are supported")
+    if bits_per_sample(image) > 8:
+        return decode_16_bits(image, note)
     if isinstance(image, JpegImageFile) and get_sampling(image) == 1:  # 4:2:2
         max_downscale /= 2  # its colours are shrunk twice as far: findings/jpeg_draft_chroma.sh
     if max_downscale >= 2:
@@ -384,8 +497,27 @@ def decode(image, max_downscale=1.0):
     elif decode_jpeg and (image.format, image.mode) == ("JPEG", "RGB"):
         image.fp.seek(0)
         content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
-        return decode_jpeg(content, ImageReadMode.RGB)
+        with suppress(RuntimeError):  # Pillow is less strict, or says what is wrong
+            return decode_jpeg(content, ImageReadMode.RGB)
     return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def decode_16_bits(image, note):
+    """decode() for more than 8 bits a sample, which Pillow cuts to 8 in colours but not in grey."""
+    path, bits = image.filename, bits_per_sample(image)
+    if image.mode[0] == "I":
+        values = np.asarray(image)
+        # "White is zero" (tag 262), which Pillow inverts in files of 1 and 8 bits only.
+        if image.format == "TIFF" and image.tag_v2.get(262, 0) == 0:
+            values = 2**bits - 1 - values
+        image = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    pixels = pil_to_tensor(image.convert("RGB"))
+    levels = int(pixels.max()) + 1
+    if levels <= 16:
+        note("levels", f"{path}: its {bits}-bit values stay below {levels << (bits - 8):,} of "
+             f"{2**bits:,}, which leaves {levels} of 256 levels: multiply the values of such images "
+             f"by {256 // levels}, or save them with 8 bits")
+    return pixels
 
 
 def turned(view, orientation):
@@ -447,7 +579,7 @@ def load_dataset(name, root, index_dir=None, imbalance=None, download=False):
         for split in entry["published"]:
             sets[split] = read_index(entry["index"], split, root, Path(index_dir or root), classes)
             classes = int(sets["train"].labels.max()) + 1
-        sets["train"].names = names_of_folders(sets["train"])
+        sets["train"].names = check_folders(sets)
     else:
         sets = read_folders(root)
     origin, counts = sets["train"].origin, sets["train"].labels.bincount()
@@ -462,16 +594,33 @@ def load_dataset(name, root, index_dir=None, imbalance=None, download=False):
     return sets
 
 
-def names_of_folders(dataset):
-    """The name of the folder of each label's images, or None if they are not one to one."""
-    folders = [os.fsdecode(path).rpartition("/")[0].rpartition("/")[2] for path in dataset.paths]
-    pairs = sorted(set(zip(dataset.labels.tolist(), folders)))
-    labels, names = zip(*pairs)
-    return list(names) if len(pairs) == len(set(labels)) == len(set(names)) else None
+def check_folders(sets):
+    """The folder of each label's training images, or None if they are not one to one.
+
+    BadInput if an image of val or test is in the folder of another training class than its label.
+    """
+    folder_of = {split: [path.split(b"/")[1:-1] for path in dataset.paths.tolist()]
+                 for split, dataset in sets.items()}
+    folder_of = {split: [b"/".join(parts) for parts in paths] for split, paths in folder_of.items()}
+    pairs = sorted(set(zip(sets["train"].labels.tolist(), folder_of["train"])))
+    labels, folders = zip(*pairs)
+    if not len(pairs) == len(set(labels)) == len(set(folders)):
+        return None
+    label_of = {folder: label for label, folder in pairs}
+    for split, dataset in sets.items():
+        for label, folder in zip(dataset.labels.tolist(), folder_of[split]):
+            if label_of.get(folder, label) != label:  # in a flat val/ the folder says nothing
+                raise BadInput(f"{dataset.origin} gives {os.fsdecode(folder)} the label {label}, but "
+                               f"{sets['train'].origin} {label_of[folder]}: use the lists of one "
+                               "source")
+    return [os.fsdecode(folder).rpartition("/")[2] for folder in folders]
 
 
 def read_npz(path, names):
     """The arrays {train,val,test}_{images,labels} of the file that ships with the repository."""
+    if not path.is_file():
+        raise BadInput(f"{path} not found; for images in folders give --dataset small_imagefolder "
+                       "or --dataset imagefolder, for others their name")
     sets = {}
     with np.load(path) as arrays:
         for split in ("train", "val", "test"):
@@ -493,10 +642,10 @@ def read_cifar(files, root, imbalance, download):
                        f"--download fetches it from {files.url}") from None
     counts = long_tailed_counts(len(train) // len(train.classes), len(train.classes), 1 / imbalance)
     order, sets = shuffled_by_class(train.targets, len(train.classes)), {}
-    chosen = np.concatenate([indices[:count] for indices, count in zip(order, counts)])
-    for split, dataset, rows in (("train", train, chosen), ("test", test, slice(None))):
-        images = torch.from_numpy(dataset.data[rows]).permute(0, 3, 1, 2).contiguous()
-        labels = torch.tensor(dataset.targets)[rows]
+    subset = np.concatenate([indices[:count] for indices, count in zip(order, counts)])
+    for split, dataset, indices in (("train", train, subset), ("test", test, slice(None))):
+        images = torch.from_numpy(dataset.data[indices]).permute(0, 3, 1, 2).contiguous()
+        labels = torch.tensor(dataset.targets)[indices]
         sets[split] = ImageArrays(images, labels, f"{root}, {split}", train.classes)
     return sets
 
@@ -539,13 +688,20 @@ LIKE_A_SPLIT = r"(?i)(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|elopment
 
 def subfolders(place):
     """The folders in a folder, but for those that begin with . or @."""
-    return [path for path in sorted(place.glob("[!.@]*")) if path.is_dir()]
+    return sorted(path for path in place.iterdir() if path.name[0] not in ".@" and path.is_dir())
 
 
 def find_images(folder):
-    """The images below a folder, sorted, and its other files, among them hidden images."""
+    """The images below a folder, sorted, and its other files, among them hidden images.
+
+    OSError names a folder that cannot be listed.
+    """
+
+    def fail(error):  # os.walk would go on without that folder
+        raise error
+
     images, others, seen = [], [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link, perhaps to a folder above: each real folder is read once
             folders.clear()
@@ -553,8 +709,8 @@ def find_images(folder):
             path = os.path.join(place, name)
             # The name begins with a dot, or that of a folder with a dot or @.
             hidden = re.search(r"/(\.|@[^/]*/)", path[len(str(folder)) :])
-            read = name.lower().endswith(IMG_EXTENSIONS) and not hidden and real not in seen
-            (images if read else others).append(path)
+            is_read = name.lower().endswith(IMG_EXTENSIONS) and not hidden and real not in seen
+            (images if is_read else others).append(path)
         seen.add(real)
     return sorted(images), others
 
@@ -595,14 +751,17 @@ def find_splits(root):
     """{"train": folder, ...} of root, or {"train": root} if its folders are classes, not splits.
 
     A split holds class folders, a class holds images. BadInput if a folder could be either.
+
+        root/train/cat/1.png   root/val/cat/9.png   root/Test/dog/7.png     three splits
+        root/cat/1.png         root/dog/old/3.png   root/test/5.png         three classes
     """
-    folders = {path: bool(subfolders(path)) for path in subfolders(root)}
-    splits = {SPLIT_OF[p.name.lower()]: p for p in folders if p.name.lower() in SPLIT_OF}
-    if any(folders[path] for path in splits.values()):
-        unclear = [p for p in folders if p not in splits.values() and find_images(p)[0]]
+    has_folders = {path: bool(subfolders(path)) for path in subfolders(root)}
+    splits = {SPLIT_OF[p.name.lower()]: p for p in has_folders if p.name.lower() in SPLIT_OF}
+    if any(has_folders[path] for path in splits.values()):
+        unclear = [p for p in has_folders if p not in splits.values() and find_images(p)[0]]
     else:
-        splits, alike = {"train": root}, [p for p in folders if re.search(LIKE_A_SPLIT, p.name)]
-        unclear = [path for path in alike if folders[path] or alike == list(folders)]
+        splits, alike = {"train": root}, [p for p in has_folders if re.search(LIKE_A_SPLIT, p.name)]
+        unclear = [path for path in alike if has_folders[path] or alike == list(has_folders)]
     if unclear:
         names = ", ".join(path.name for path in unclear)
         raise BadInput(f"{root}: {names} could be splits or classes: name splits train, val and "
@@ -621,7 +780,7 @@ def read_folders(root):
                        "test/ beside train/")
     splits = hold_out(*zip(*train), missing)
     for split in ("train", *missing):
-        samples[split] = [sample for sample, of in zip(train, splits) if of == split]
+        samples[split] = [sample for sample, its_split in zip(train, splits) if its_split == split]
     if not (samples["val"] or samples["test"]):
         raise BadInput(f"{places['train']}: no class has the three images needed to hold one out "
                        f"for testing; put images of some classes into {root}/test/<class>/")
@@ -639,24 +798,38 @@ def read_folders(root):
 
 
 def hold_out(paths, labels, missing):
-    """The split of each training image by the hash of its path: "train", or one of `missing`."""
-    splits, rows_of = ["train"] * len(paths), {}
-    for row in sorted(range(len(paths)), key=lambda row: sha256(paths[row]).digest()):
-        rows_of.setdefault(labels[row], []).append(row)
-    for rows in rows_of.values():
-        remaining = iter(rows)
-        for split in missing if len(rows) >= 3 else ():
-            for _ in range(max(1, round(HELD_OUT[split] * len(rows)))):
+    """The split of each training image by the hash of its path: "train", or one of `missing`.
+
+    Of ten images of a class, in the order of their hashes, the first two become "test", the next
+    one "val". An image that is added or removed moves few others.
+    """
+    splits, of_class = ["train"] * len(paths), {}
+    for index in sorted(range(len(paths)), key=lambda index: sha256(paths[index]).digest()):
+        of_class.setdefault(labels[index], []).append(index)
+    for indices in of_class.values():
+        remaining = iter(indices)
+        for split in missing if len(indices) >= 3 else ():
+            for _ in range(max(1, round(HELD_OUT[split] * len(indices)))):
                 splits[next(remaining)] = split
     return splits
 
 
 # -------------------------------------------------------------------------------------- batches
 
+# Streams of random numbers in a step, beside the one that draws the images of the batch: of shuffle
+# BN in stage 1 and of the views in stage 2; of the query views and patches; of the key views.
+SHUFFLE, QUERY, KEY = 1, 2, 3
+
 
 def seed_from(*numbers):
-    """One seed from several non-negative integers (seed, step, stream), well mixed."""
+    """One seed from (seed, step or epoch) or (seed, step, stream), well mixed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def crop_seeds(seed, step, count):
+    """The seeds of the random crops that workers cut of each image of the global batch."""
+    sequence = np.random.SeedSequence((seed, step), spawn_key=(1,))
+    return (sequence.generate_state(count, np.uint64) >> np.uint64(1)).tolist()
 
 
 class Batches:
@@ -664,7 +837,7 @@ class Batches:
 
     Each epoch shuffles all images and drops the last incomplete batch; with `balanced`, sampling is
     class-balanced instead. A batch depends only on (seed, step), so that a run can continue at any
-    step. Every rank gets its rows of the global batch.
+    step. Every rank gets the images at its `positions` in the global batch.
     """
 
     def __init__(self, labels, batch_size, epochs, seed, balanced=False, start=0, rank=0, world=1):
@@ -675,28 +848,32 @@ class Batches:
         self.per_epoch = len(labels) // batch_size
         self.steps = range(start, epochs * self.per_epoch)
         per_rank = batch_size // world
-        self.rows = slice(rank * per_rank, (rank + 1) * per_rank)
+        self.positions = slice(rank * per_rank, (rank + 1) * per_rank)
 
     def __iter__(self):
-        by_class = self.labels.argsort(stable=True)
-        counts = self.labels.bincount()
-        first = counts.cumsum(0) - counts
+        batches = self.class_balanced() if self.balanced else self.shuffled()
+        for step, indices in zip(self.steps, batches):
+            seeds = crop_seeds(self.seed, step, self.batch_size)
+            yield indices[self.positions].tolist(), seeds[self.positions]
+
+    def shuffled(self):
+        """The indices of each batch: every epoch is a new order of all images."""
         for step in self.steps:
-            if self.balanced:  # a class is drawn uniformly, then an image of it
-                random = torch.Generator().manual_seed(seed_from(self.seed, step))
-                draw = torch.rand(2, self.batch_size, generator=random, dtype=torch.float64)
-                drawn = (draw[0] * len(counts)).long()
-                batch = by_class[first[drawn] + (draw[1] * counts[drawn]).long()]
-            else:
-                epoch, position = divmod(step, self.per_epoch)
-                if position == 0 or step == self.steps.start:
-                    random = torch.Generator().manual_seed(seed_from(self.seed, epoch))
-                    order = torch.randperm(len(self.labels), generator=random)
-                batch = order[position * self.batch_size :][: self.batch_size]
-            # The crops of an image do not depend on the number of processes.
-            seeds = np.random.SeedSequence((self.seed, step), spawn_key=(1,))
-            seeds = seeds.generate_state(self.batch_size, np.uint64) >> np.uint64(1)
-            yield batch[self.rows].tolist(), seeds[self.rows].tolist()
+            epoch, position = divmod(step, self.per_epoch)
+            if position == 0 or step == self.steps.start:
+                generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
+                order = torch.randperm(len(self.labels), generator=generator)
+            yield order[position * self.batch_size :][: self.batch_size]
+
+    def class_balanced(self):
+        """The indices of each batch: a class is drawn uniformly, then an image of it."""
+        by_class, counts = self.labels.argsort(stable=True), self.labels.bincount()
+        start = counts.cumsum(0) - counts  # of each class in by_class
+        for step in self.steps:
+            generator = torch.Generator().manual_seed(seed_from(self.seed, step))
+            draw = torch.rand(2, self.batch_size, generator=generator, dtype=torch.float64)
+            drawn = (draw[0] * len(counts)).long()
+            yield by_class[start[drawn] + (draw[1] * counts[drawn]).long()]
 
 
 class BatchDataset:
@@ -719,7 +896,7 @@ def ignore_interrupts(worker):
 
 @atexit.register
 def end_workers():
-    """End them at exit, where multiprocessing would wait for the answer to its SIGTERM."""
+    """Kill them at exit: they ignore the SIGTERM by which multiprocessing would end them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report that they were killed
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -728,10 +905,13 @@ def end_workers():
 def load_batches(dataset, batches, workers, device):
     """A loader of a BatchDataset; `batches` is Batches, or a list of (indices, seeds)."""
     # The forkserver of Python 3.14 would get SIGTERM as well, and copy the paths to each worker.
-    method = "fork" if workers and sys.platform == "linux" else None
+    fork = sys.platform == "linux"
+    if getattr(dataset.dataset, "pixels", None) and not fork:
+        workers = 0  # each would get a copy of the pixels
     return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers,
                       pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-                      worker_init_fn=ignore_interrupts, multiprocessing_context=method)
+                      worker_init_fn=ignore_interrupts,
+                      multiprocessing_context="fork" if workers and fork else None)
 
 
 # -------------------------------------------------------------------- what the commands share
@@ -745,6 +925,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
+        if "--local-rank" in message or "--local_rank" in message:
+            raise BadInput("torch.distributed.launch is not supported: start processes by torchrun")
         raise BadInput(f"{message}; see --help")
 
 
@@ -781,11 +963,18 @@ class Progress:
             self.shown = now
             left = (now - self.began) / max(done - self.first, 1) * (self.steps - done)
             line = f"ETA {timedelta(seconds=int(left))}  {text}"
-            line = line[: os.get_terminal_size(2).columns - 1] if CLEAR else line
-            print(CLEAR + line, end="" if CLEAR and not last else "\n", file=sys.stderr, flush=True)
+            with suppress(OSError):  # not a terminal, or not any more
+                line = line[: os.get_terminal_size(2).columns - 1]
+            say(CLEAR + line, end="" if CLEAR and not last else "\n")
 
 
 AGAIN = "the same command continues from the last checkpoint, or starts over if there is none"
+
+
+def set_output(**options):
+    """Set how standard output is encoded, since file names and classes may be any bytes."""
+    with suppress(AttributeError):  # a notebook's
+        sys.stdout.reconfigure(**options)
 
 
 def run(main, explain=lambda error: (1, None)):
@@ -794,7 +983,7 @@ def run(main, explain=lambda error: (1, None)):
     The exit code is 2 if the user can fix the error, and 130 after Ctrl-C. `explain` returns it and
     a message for a RuntimeError, or no message if it is a bug.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    set_output(errors="backslashreplace")
     try:
         main()
         if dist.is_initialized():
@@ -808,17 +997,16 @@ def run(main, explain=lambda error: (1, None)):
     except OSError as error:
         reason = error.strerror or str(error).strip().rpartition("\n")[2]
         code, message = 2, f"{error.filename or 'system'}: {reason}; give another path"
-    except KeyboardInterrupt:
-        code, message = 130, f"interrupted; {AGAIN}"
+    except KeyboardInterrupt as stop:
+        code, message = 130, f"interrupted; {str(stop) or AGAIN}"
     except RuntimeError as error:
         code, message = explain(error)
         if not message:
             raise
     process = f" (rank {RANK})" if "RANK" in os.environ else ""
-    print(f"{CLEAR}{Path(sys.argv[0]).name}{process}: error: {message}", file=sys.stderr)
+    tell(f"{CLEAR}{Path(sys.argv[0]).name}{process}: error: {message}")
     if dist.is_initialized():  # NCCL may wait in the destructor of a group that others have left
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -828,45 +1016,56 @@ def run(main, explain=lambda error: (1, None)):
 
 def check_counts(sets, published):
     """Print the counts of every split; returns messages on those that are not the published."""
-    classes, problems = len(sets["train"].labels.bincount()), []
+    names, problems = sets["train"].names, []
     for split, dataset in sets.items():
-        counts, count = dataset.labels.bincount(minlength=classes), f"{len(dataset):,} images"
-        here = counts[counts > 0]
-        line = (f"{split}: {count}, {len(here):,} of {classes:,} classes, of {here.max():,} to "
-                f"{here.min():,} images each")
+        counts, count = dataset.labels.bincount(minlength=len(names)), f"{len(dataset):,} images"
+        present = counts[counts > 0]
+        line = (f"{split}: {count}, {len(present):,} of {len(names):,} classes, of "
+                f"{present.max():,} to {present.min():,} images each")
         if split == "train":
             groups = [f"{mask.sum()} {name}-" for name, mask in shot_groups(counts).items()]
             line += f": {', '.join(groups)}shot"
         print(line)
+        for number, says in ((0, "without an image"), (1, "of a single image")):
+            few = [names[label] for label in (counts == number).nonzero()[:, 0]]
+            more = f" and {len(few) - 10} more" if len(few) > 10 else ""
+            if few:
+                print(f"{split}: classes {says}: {', '.join(few[:10])}{more}")
         if published.get(split, len(dataset)) != len(dataset):
             problems.append(f"{dataset.origin}: {count}, not the published {published[split]:,}")
     return problems
 
 
 def check_files(sets, decoding, threads):
-    """Messages on the files of all splits that are missing, broken, or in two splits."""
+    """Messages on the files of all splits that are missing or broken, or that lose levels.
 
-    def examine(path):  # its problem, and its path or, if decoding, the hash of its content
+    Also on those that are listed twice or, if decoding, equal in two splits or under two classes.
+    """
+
+    def examine(path):  # its problem, and its path or, if decoding, the hash of its pixels
+        said, key = [], path
         try:
             with open_image(path) as image:
                 if decoding:
-                    decode(image)
-            return None, sha256(path.read_bytes()).digest() if decoding else path
+                    pixels = decode(image, note=lambda kind, text: said.append(text)).numpy()
+                    key = pixels.shape, sha256(pixels.tobytes()).digest()
         except BadInput as error:
-            return str(error), path
+            said = [str(error)]
+        return said, key
 
     problems, seen = [], {}
     for split, dataset in sets.items():
         paths, progress = list(map(dataset.path, range(len(dataset)))), Progress(len(dataset))
-        old = len(problems)
+        before = len(problems)
         with ThreadPool(max(1, threads)) as pool:
-            found = enumerate(zip(paths, pool.imap(examine, paths, 64)), 1)
-            for done, (path, (problem, key)) in found:
-                first, of = seen.get(key, (None, split))
-                seen.setdefault(key, (path, split))
-                if problem or of != split or first == path:  # in two splits, or listed twice
-                    problems.append(problem or f"{path} of {split} equals {first} of {of}")
-                progress.show(done, f"{split}: {done:,}, {len(problems) - old:,} problems")
+            for index, (said, key) in enumerate(pool.imap(examine, paths, 64)):
+                found = split, int(dataset.labels[index])
+                twin, where = seen.setdefault(key, (paths[index], found))
+                if where != found or (twin == paths[index] and where is not found):
+                    said.append(f"{paths[index]} of {split} equals {twin} of {where[0]}")
+                problems += said[:1]
+                done, count = index + 1, len(problems) - before
+                progress.show(done, f"{split}: {done:,}, {count:,} problems")
     return problems
 
 
@@ -886,12 +1085,21 @@ contents of --data-root, by default datasets/NAME, and of --index-dir:
                  their paths; classes of one or two images are not tested. Sort photographs of the
                  same object or patient into the three folders yourself: near-copies in train and
                  test make the accuracy look better than it is. {" ".join(IMG_EXTENSIONS)};
-                 16-bit grey is read as 8 bits, transparency is dropped, EXIF orientation applied.
+                 16 bits are read as 8, transparency is dropped, EXIF orientation is applied.
 
 Index files, such as ImageNet_LT_train.txt, list the images of each split, a line "path label" each.
 They are in data/ImageNet_LT, data/Places_LT and data/iNaturalist18 of
 {INDEX_FILES}.
 """
+
+
+def list_images(sets):
+    """Print a JSON line for each image; those of an array have their index as path."""
+    for split, dataset in sets.items():
+        for index, label in enumerate(dataset.labels.tolist()):
+            path = str(dataset.path(index)) if isinstance(dataset, ImageFiles) else index
+            line = {"path": path, "class": sets["train"].names[label], "split": split}
+            print(json.dumps(line, ensure_ascii=False))
 
 
 def main():
@@ -900,11 +1108,14 @@ def main():
     flag = parser.add_argument_group("check").add_argument
     flag("--decode", action="store_true", help="also decode every image")
     flag("--download", action="store_true", help="download CIFAR into --data-root")
+    flag("--list", action="store_true", help="print path, class and split of each image as JSON")
     flag("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads")
     args = parser.parse_args()
     sets = load_dataset(dataset, args.data_root, args.index_dir, args.imbalance, args.download)
+    if args.list:
+        return list_images(sets)
     problems = check_counts(sets, DATASETS[dataset].get("published", {}))
-    if in_memory(dataset):
+    if cropped_on_device(dataset):
         train, test = ({i.numpy().tobytes() for i in sets[s].images} for s in ("train", "test"))
         print(f"{len(train & test)} test images are also in train, as the benchmark has them")
     else:

@@ -25,6 +25,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+import data  # before torch, whose precision it settles
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,7 +35,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import save_image
 
-import data
 import train
 from data import BadInput, BatchDataset, Batches, Draws, Progress, load_batches, shot_groups
 from models import SMALL_ARCHS, Encoder, means
@@ -68,7 +68,7 @@ def main():
                            f"{train.OTHER_IMAGES}")
         data.say(f"{says}: the classifier is fitted on these, with the features of that training")
     if args.classifier == "balanced":
-        train.fit_batch(args, len(train_set))
+        train.lower_batch_size(args, len(train_set))
     state, of_stage1 = saved.pop("encoder"), args.classifier == "stage1"  # --epochs 0
     encoder = classifier_of(stage1, state, len(counts), args.seed, device, keep_heads=of_stage1)
     for directory in filter(None, (args.output, args.plots, args.export and args.export.parent)):
@@ -255,7 +255,7 @@ def train_classifier(encoder, train_set, val_set, args, stage1, processes):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if args.augment:
             seed = data.seed_from(args.seed, step, 1)  # not the stream that drew the classes
-            draws = Draws(seed, args.batch_size, batches.rows, device)
+            draws = Draws(seed, args.batch_size, batches.positions, device)
             view, _, _ = data.query_views(images[0], draws, stage1)
         else:
             view = evaluation_view(images, stage1)
@@ -537,7 +537,7 @@ def export(path, encoder, stage1, names):
     state = {name: value.cpu() for part in parts for name, value in part.state_dict().items()}
     save(path, state)
     card = dict(arch=stage1.arch, classes=names, mean=stage1.mean, std=stage1.std)
-    if not data.in_memory(stage1.dataset):
+    if not data.cropped_on_device(stage1.dataset):
         card |= dict(resize=data.shorter_side(stage1.view_size), crop=stage1.view_size)
     save(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
     data.say(f"wrote {path} and {path}.json")
@@ -651,7 +651,7 @@ def parse_args():
     if dataset != stage1["dataset"]:
         raise BadInput(f"{file[0]} was trained on {stage1['dataset']}, not on {dataset}")
     if args.predict:
-        if data.in_memory(dataset):
+        if data.cropped_on_device(dataset):
             raise BadInput(f"--predict needs a run on image files, not on {dataset}")
         return args, saved
     if "training_images" not in stage1:

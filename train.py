@@ -14,6 +14,7 @@ continues from them. --dataset NAME --help shows the settings for a data set.
 import argparse
 import contextlib
 import copy
+import fcntl
 import inspect
 import json
 import math
@@ -26,6 +27,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import data  # before torch, whose precision it settles
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,7 +35,6 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import draw_bounding_boxes, save_image
 
-import data
 from data import BadInput, BatchDataset, Batches, Draws, Progress, load_batches, seed_from
 from losses import dscl_loss, pbsd_loss
 from models import ARCHS, Encoder, Queue, frozen_running_statistics, load_pretrained
@@ -128,28 +129,61 @@ def main():
     args = parse_args()
     rank, world, device = start(args)
     sets = data.load_dataset(args.dataset, args.data_root, args.index_dir, args.imbalance)
+    train_set = sets["train"]
     if args.views:
-        return draw_views(args.views, sets["train"], args)
-    args.images = {split: len(part) for split, part in sets.items()}
-    train_set, path = sets["train"], args.output / "checkpoint.pth"
-    # resume() and eval.py refuse other training images or classes.
-    args.training_images, args.classes = train_set.fingerprint(), train_set.names
-    fit_batch(args, len(train_set))
-    if args.batch_size < 2 * world:
-        raise BadInput(f"--batch-size {args.batch_size}: BatchNorm needs two images a process")
-    baseline = args.loss in CLASSIFIERS
-    if not args.epochs:  # the baselines get twice the steps, which take about the same time
-        wanted = args.steps * (2 if baseline else 1)
-        args.epochs = math.ceil(wanted / (len(train_set) // args.batch_size))
+        return draw_views(args.views, train_set, args)
+    settle(args, sets, world)
+    lock = lock_output(args.output) if rank == 0 else None  # until this process ends
+    path = args.output / "checkpoint.pth"
     saved = resume(path, STAGE, args, device)
-    first = saved["step"] if saved else 0
-    ranks = dict(seed=args.seed, start=first, rank=rank, world=world)
+    first_step = saved["step"] if saved else 0
+    ranks = dict(seed=args.seed, start=first_step, rank=rank, world=world)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, **ranks)
-    per_epoch, steps = batches.per_epoch, batches.steps.stop
 
     torch.manual_seed(args.seed)  # every process starts with the same weights
-    counts = train_set.labels.bincount().to(device)
-    encoder = Encoder(args.arch, args.experts, len(counts) if baseline else None)
+    state, train_step = build(args, train_set.labels.bincount(), saved, device)
+    encoder, optimizer = state["encoder"], state["optimizer"]
+    model = distributed(encoder) if dist.is_initialized() else encoder
+    if "folders" in data.DATASETS[args.dataset]:
+        train_set.hold(args, threads=args.workers + 1)
+    crops = BatchDataset(train_set, args, crops=1 if args.loss in CLASSIFIERS else 2)
+    loader = load_batches(crops, batches, args.workers, device)
+    recorder = Recorder(path, args, state, batches, device)
+
+    for step, images, labels in recorder.read(loader):
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, batches.per_epoch, args)
+        batch = ShuffledBatch(args, step, batches.positions, device)
+        pair = images[0], images[-1]  # two crops; or twice the whole image, cropped on the device
+        losses = train_step(model, images=pair, labels=labels, batch=batch, args=args)
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        recorder.count_step(losses, lr)
+    say_done(path, args.output)
+
+
+def settle(args, sets, world):
+    """Set the arguments that follow from the images; a run belongs to them."""
+    train_set = sets["train"]
+    args.images = {split: len(dataset) for split, dataset in sets.items()}
+    # resume() and eval.py refuse other training images or classes.
+    args.training_images, args.classes = train_set.fingerprint(), train_set.names
+    lower_batch_size(args, len(train_set))
+    if args.batch_size < 2 * world:
+        raise BadInput(f"--batch-size {args.batch_size}: BatchNorm needs two images a process")
+    if not args.epochs:  # the baselines get twice the steps, which take about the same time
+        steps = args.steps * (2 if args.loss in CLASSIFIERS else 1)
+        args.epochs = math.ceil(steps / (len(train_set) // args.batch_size))
+
+
+def build(args, counts, saved, device):
+    """What a checkpoint holds, {name: module or optimizer}, and the function of a training step.
+
+    counts [classes] are those of the training images. The state is that of `saved`, if given. The
+    random numbers of a step are no part of it: they follow from (seed, step).
+    """
+    is_baseline = args.loss in CLASSIFIERS
+    encoder = Encoder(args.arch, args.experts, len(counts) if is_baseline else None)
     if args.pretrained != "none" and not saved:
         try:
             load_pretrained(encoder, args.arch, args.pretrained)
@@ -157,92 +191,42 @@ def main():
             raise BadInput(f"--pretrained {args.pretrained}: {error}") from None
     encoder = encoder.to(device, memory_format=torch.channels_last)
     sgd = dict(lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    optimizer = torch.optim.SGD(encoder.parameters(), **sgd)
-    # The state that a checkpoint holds. The random numbers of a step follow from (seed, step).
-    state = dict(encoder=encoder, optimizer=optimizer)
-    if baseline:
-        frequencies = counts / counts.sum()
+    state = dict(encoder=encoder, optimizer=torch.optim.SGD(encoder.parameters(), **sgd))
+    if is_baseline:
+        frequencies = (counts / counts.sum()).to(device)
         log_prior = frequencies.log() if args.loss == "la" else torch.zeros_like(frequencies)
         train_step = partial(cross_entropy_step, log_prior=log_prior)
     else:
-        key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        queue = Queue(args.queue_size, args.experts).to(device)
-        state |= dict(key_encoder=key_encoder, queue=queue)
-        train_step = partial(dscl_pbsd_step, key_encoder=key_encoder, queue=queue)
+        parts = dict(
+            key_encoder=copy.deepcopy(encoder).requires_grad_(False),
+            queue=Queue(args.queue_size, args.experts).to(device),
+        )
+        state |= parts
+        train_step = partial(dscl_pbsd_step, **parts)
     if saved:
         for name, part in state.items():
             part.load_state_dict(saved.pop(name))
+    return state, train_step
 
-    if data.DATASETS[args.dataset].get("held"):
-        train_set.hold(args, threads=args.workers + 1)
-    crops = BatchDataset(train_set, args, crops=1 if baseline else 2)
-    loader = load_batches(crops, batches, args.workers, device)
-    model = encoder
-    if dist.is_initialized():
-        model = distributed(encoder)
-    if rank == 0:
-        log = open_log(args.output / "log.jsonl", args, first)
-    precision = "bfloat16" if args.amp == "bf16" else "float32"
-    data.say(f"{args.arch} on {args.dataset}, {len(train_set)} images, from step {first} of "
-             f"{steps}, {per_epoch} per epoch; {world} x {device.type}, {precision}, "
-             f"{args.workers} workers each")
-    if device.type == "cpu" and args.dataset == "imagefolder":
-        data.say("the defaults of imagefolder take hours on a CPU, those of small_imagefolder "
-                 "minutes")
 
-    total = count = 0  # since the last record: sums of the loss and its terms, and number of steps
-    terms, stop, progress = "", Stop(), Progress(steps, first)
-    logged_at = saved_at = time.monotonic()
-    for step, (images, labels) in enumerate(loader, first):
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, per_epoch, args)
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        batch = ShuffledBatch(args, step, batches.rows, device)
-        pair = images[0], images[-1]  # two crops; or twice the whole image if held in memory
-        values = train_step(model, images=pair, labels=labels, batch=batch, args=args)
-        values["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        total, count = total + torch.stack(list(values.values())).detach(), count + 1
-        done = step + 1
-        of_epoch = done % per_epoch  # steps of this epoch so far; 0 at its end
-        epoch = f"epoch {done / per_epoch:.{int(per_epoch > 1)}f}/{args.epochs}"
-        if of_epoch % LOG_EVERY:
-            progress.show(done, f"{epoch}{terms}")
-            continue
-
-        # Every LOG_EVERY steps and at the end of an epoch: a record, and sometimes a checkpoint.
-        stopping = torch.full_like(total[:1], stop.asked)
-        means = gather(torch.cat([total / count, stopping])[None]).mean(0)
-        check_finite([means, *encoder.parameters()], done, lr)
-        average_statistics(encoder)
-        *means, stopping = means.tolist()
-        if rank == 0:
-            now = time.monotonic()
-            rate, logged_at = round(count * args.batch_size / (now - logged_at), 1), now
-            record = dict(epoch=math.ceil(done / per_epoch), step=done)
-            record |= dict(zip(values, means), lr=lr, images_per_second=rate)
-            print(json.dumps(record), file=log)
-            terms = "".join(f"  {name} {record[name]:.4g}" for name in values)
-            terms += f"  {rate:.0f} images/s"
-            progress.show(done, f"{epoch}{terms}")
-            # At the end of an epoch a checkpoint is written if the last one is a minute old.
-            minutes = args.save_minutes if of_epoch else min(1, args.save_minutes)
-            if done == steps or stopping or now - saved_at >= 60 * minutes:
-                os.fsync(log.fileno())  # on disk first: it has every record up to the checkpoint
-                parts = {name: part.state_dict() for name, part in state.items()}
-                save(path, dict(stage=STAGE, args=to_json(args), step=done, **parts))
-                logged_at = saved_at = time.monotonic()
-        if stopping and done < steps:
-            raise KeyboardInterrupt
-        total = count = 0
-    data.say(f"done: {path}; stage 2: python eval.py --output {args.output}")
+def say_done(path, output):
+    data.say(f"done: {path}; stage 2: python eval.py --output {shlex.quote(str(output))}")
 
 
 # ---------------------------------------------------------------------------------------- processes
 
 
+# What srun, Open MPI, MPICH, MVAPICH and jsrun set to the number of processes that they started.
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
+             "JSM_NAMESPACE_SIZE")
+
+
 def start(args):
     """Join torchrun's process group; returns (rank, world size, device) and settles args.amp."""
+    for name in LAUNCHERS:
+        if int(os.environ.get(name, 1)) > 1 and "RANK" not in os.environ:
+            raise BadInput(f"the environment has {name}={os.environ[name]}: every process would be a "
+                           "run of its own; let srun or mpirun start torchrun, once on each host")
     needed = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     here = [name for name in needed if name in os.environ]
     if 0 < len(here) < len(needed):
@@ -250,7 +234,7 @@ def start(args):
         raise BadInput(f"the environment has {', '.join(here)}, but not {missing}: start several "
                        "processes by torchrun; for one process unset these variables")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    # What is said to be in float32 is so, even where the environment asks for TF32.
+    # The environment may ask for TF32, but what is printed as float32 is computed in float32.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -263,7 +247,9 @@ def start(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes are the same in every step
         able = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:  # without these instructions bfloat16 is slower than float32; torch < 2.6 cannot tell
+    else:
+        # Without these instructions bfloat16 is slower than float32; torch < 2.6 cannot tell. On ARM
+        # it is slower with them, too: oneDNN's gradients of convolutions are not optimised there.
         device, can = torch.device("cpu"), getattr(torch.cpu, "get_capabilities", dict)()
         able = can.get("avx512_bf16") or can.get("amx_bf16")
     args.amp = "bf16" if args.amp == "auto" and able else "off"
@@ -379,7 +365,7 @@ class ShuffledBatch:
         return keys if self.order is None else gather(keys, dim=1)[:, self.order.argsort()]
 
 
-def fit_batch(args, count):
+def lower_batch_size(args, count):
     """Lower a batch size above the training set's size to the largest power of two that fits."""
     if args.batch_size > count:
         fitting = 2 ** (count.bit_length() - 1)
@@ -394,8 +380,9 @@ def fit_batch(args, count):
 class Stop:
     """Ctrl-C and SIGTERM end a run at its next record, after saving; a second Ctrl-C at once."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, device):
+        self.asked, self.device, self.looked_at = False, device, time.monotonic()
+        self.slow_steps = True  # until the first steps have been timed
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # as in the background of a script
                 signal.signal(number, self.ask)
@@ -405,6 +392,96 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         data.say(f"{data.CLEAR}saving a checkpoint at the next record; Ctrl-C: stop at once")
 
+    def asked_anywhere(self, steps):
+        """Whether a rank was asked to stop. All ranks call this together, after some steps."""
+        seconds, self.looked_at = time.monotonic() - self.looked_at, time.monotonic()
+        asked, seconds = self.asked, seconds / steps
+        if dist.is_initialized():
+            mine = torch.tensor([[asked, seconds]], device=self.device)
+            asked, seconds = gather(mine).amax(0).tolist()
+        self.slow_steps = seconds > 1  # torchrun kills 30 seconds after SIGTERM: look at every step
+        return bool(asked)
+
+
+class Recorder:
+    """Follows a run: its progress line, log.jsonl, checkpoints, and its end when asked to stop."""
+
+    def __init__(self, path, args, state, batches, device):
+        self.path, self.args, self.state, self.device = path, args, state, device
+        self.per_epoch, self.steps = batches.per_epoch, batches.steps.stop
+        self.done = self.saved = batches.steps.start  # steps, so far and in the last checkpoint
+        self.log = None  # of rank 0
+        if data.RANK == 0:
+            self.log = open_log(path.with_name("log.jsonl"), args, self.done)
+        precision = "bfloat16" if args.amp == "bf16" else "float32"
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        data.say(f"{args.arch} on {args.dataset}, {len(batches.labels)} images, from step "
+                 f"{self.done} of {self.steps}, {self.per_epoch} per epoch; {world} x {device.type}, "
+                 f"{precision}, {args.workers} workers each")
+        if device.type == "cpu" and args.dataset == "imagefolder":
+            data.say("the defaults of imagefolder take hours on a CPU, those of small_imagefolder "
+                     "minutes")
+        self.sums = self.count = 0  # since the last record: of the losses, and of steps
+        self.last_record, self.progress = "", Progress(self.steps, self.done)
+        self.recorded_at = self.saved_at = time.monotonic()
+        self.stop, self.looked = Stop(device), self.done
+
+    def read(self, loader):
+        """(step, images, labels) of the remaining steps; if reading fails, it saves first."""
+        try:
+            for step, (images, labels) in enumerate(loader, self.done):
+                images = images.to(self.device, non_blocking=True)
+                yield step, images, labels.to(self.device, non_blocking=True)
+        except Exception:  # of the loader: those of the loop that reads from here do not pass here
+            if self.done > self.saved:
+                self.save()
+            raise
+
+    def count_step(self, losses, lr):
+        """Count a step. Every LOG_EVERY steps and at the end of an epoch, write a record."""
+        self.sums, self.count = self.sums + torch.stack([*losses.values()]).detach(), self.count + 1
+        self.done += 1
+        is_record = self.done % self.per_epoch % LOG_EVERY == 0
+        stopping = False
+        if is_record or self.stop.slow_steps:
+            stopping = self.stop.asked_anywhere(self.done - self.looked)
+            self.looked = self.done
+        if is_record or stopping:
+            self.record(losses, lr, stopping)
+        self.progress.show(self.done, f"{self.epoch()}{self.last_record}")
+        if stopping and self.done < self.steps:
+            raise KeyboardInterrupt(f"saved at {self.epoch()}; the same command continues")
+
+    def epoch(self):
+        return f"epoch {self.done / self.per_epoch:.{int(self.per_epoch > 1)}f}/{self.args.epochs}"
+
+    def record(self, losses, lr, stopping):
+        """Write the mean losses since the last record, and sometimes a checkpoint."""
+        means = gather((self.sums / self.count)[None]).mean(0)
+        check_finite([means, *self.state["encoder"].parameters()], self.done, lr)
+        average_statistics(self.state["encoder"])
+        seconds = time.monotonic() - self.recorded_at
+        rate = round(self.count * self.args.batch_size / seconds, 1)
+        self.sums = self.count = 0
+        if self.log:
+            record = dict(epoch=math.ceil(self.done / self.per_epoch), step=self.done)
+            record |= dict(zip(losses, means.tolist()), lr=lr, images_per_second=rate)
+            print(json.dumps(record), file=self.log)
+            terms = [f"{name} {record[name]:.4g}" for name in losses]
+            self.last_record = "  ".join(["", *terms, f"{rate:.0f} images/s"])
+            # At the end of an epoch a checkpoint is written if the last one is a minute old.
+            is_end, minutes = self.done % self.per_epoch == 0, self.args.save_minutes
+            old = time.monotonic() - self.saved_at >= 60 * (min(1, minutes) if is_end else minutes)
+            if self.done == self.steps or stopping or old:
+                os.fsync(self.log.fileno())  # first: it has every record up to the checkpoint
+                self.save()
+        self.recorded_at = time.monotonic()  # writing is no part of the next record's time
+
+    def save(self):
+        parts = {name: part.state_dict() for name, part in self.state.items()}
+        save(self.path, dict(stage=STAGE, args=to_json(self.args), step=self.done, **parts))
+        self.saved, self.saved_at = self.done, time.monotonic()
+
 
 def check_finite(tensors, step, lr):
     """Raise BadInput if training has diverged, so that such weights are never saved."""
@@ -413,9 +490,26 @@ def check_finite(tensors, step, lr):
                        "--lr with another --output; the last checkpoint was left unchanged")
 
 
+def lock_output(output):
+    """Lock a directory for this run; BadInput if another run has it. Keep the file that it returns.
+
+    The system ends the lock with the process. Where a file system has no locks, there is none.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    file = open(output / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise BadInput(f"another run is writing to {output}: wait for its end, or choose another "
+                       "--output") from None
+    except OSError:
+        pass
+    return file
+
+
 def save(path, content):
     """Write a string or a dict to a new file beside `path`, which then replaces `path`."""
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(f"{path.name}.new{data.RANK or ''}")
     try:
         with open(beside, "wb") as file:
             if isinstance(content, str):
@@ -425,9 +519,12 @@ def save(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink()
+        # torch.save raises a RuntimeError in the context of what happened, say a full disk.
+        while not isinstance(error, OSError) and error.__context__:
+            error = error.__context__
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         unwritten = f"{path} cannot be written ({reason}); an existing file was left unchanged"
         raise BadInput(unwritten) from None
@@ -653,7 +750,7 @@ def cores():
 
 def run_settings(dataset):
     """The table of settings that are not part of the method; both stages have these."""
-    workers = 0 if data.in_memory(dataset) else cores()
+    workers = 0 if data.cropped_on_device(dataset) else cores()
     return [
         ("output", Path("runs") / dataset, None, "directory for all output of the run", {}),
         ("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one", {}),
@@ -690,21 +787,28 @@ def parse_args():
 
 
 def draw_views(path, dataset, args, count=6):
-    """Draw what the networks see of some images: query view, its boxes, key view, patches."""
+    """Draw what the networks see of some images, a row each.
+
+    These are the query view, the boxes in it, the key view and the patches; of a baseline, six
+    random views.
+    """
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     images = dataset.views(indices, indices, args, 2)
-    draws = [Draws(args.seed + n, len(indices), slice(None), "cpu") for n in (0, 1)]
-    view, boxes, patches = data.query_views(images[0], draws[0], args, args.patches)
-    key = data.key_view(images[-1], draws[1], args)
+    draws = [Draws(args.seed + n, len(indices), slice(None), "cpu") for n in range(6)]
+    side, is_baseline = max(args.view_size, 128), args.loss in CLASSIFIERS
+    if is_baseline:  # it sees query views alone
+        drawn = [data.query_views(images[0], stream, args)[0] for stream in draws]
+    else:
+        view, boxes, patches = data.query_views(images[0], draws[0], args, args.patches)
+        drawn = view, view, data.key_view(images[-1], draws[1], args), *patches
     mean, std = (torch.tensor(values)[:, None, None] for values in (args.mean, args.std))
-    side = max(args.view_size, 128)
-    shown = [(part * std + mean).clamp(0, 1) for part in (view, view, key, *patches)]
-    shown = [F.interpolate(part, (side, side)) for part in shown]
+    columns = [F.interpolate((column * std + mean).clamp(0, 1), (side, side)) for column in drawn]
     colors = [("red", "lime", "cyan", "yellow", "magenta")[n % 5] for n in range(args.patches)]
-    for image, of_image in zip(shown[1], boxes.transpose(0, 1) * side / args.view_size):
-        image.copy_(draw_bounding_boxes(image, of_image, colors=colors, width=2))
-    rows = torch.stack(shown, dim=1).flatten(0, 1)
-    save_image(rows, path, format="png", nrow=len(shown), pad_value=1)
+    for n, image in enumerate(() if is_baseline else columns[1]):
+        boxed = draw_bounding_boxes(image, boxes[:, n] * side / args.view_size, colors=colors, width=2)
+        image.copy_(boxed)
+    cells = torch.stack(columns, dim=1).flatten(0, 1)
+    save_image(cells, path, format="png", nrow=len(columns), pad_value=1)
 
 
 if __name__ == "__main__":

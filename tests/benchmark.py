@@ -246,7 +246,7 @@ def train_args(name, **changes):
 def images_of(args, device):
     """uint8 images [B, C, H, W] of random pixels, in the shape that the loader returns."""
     shape = 3, args.view_size, args.view_size
-    if data.in_memory(args.dataset):
+    if data.cropped_on_device(args.dataset):
         shape = data.load_dataset(args.dataset, data.HERE / "tests")["train"].images.shape[1:]
     return torch.randint(256, (args.batch_size, *shape), dtype=torch.uint8).to(device)
 
@@ -482,7 +482,7 @@ def held(args):
     rates, _ = rates_of(each, args)
     rows = [["one data loading process", "images a second", "speed"]]
     show(rows + [[side, spread(own, 0), ratio(own, rates["anew"])] for side, own in rates.items()])
-    kilobytes = sum(image.nbytes for image in once.held) / len(files) / 1000
+    kilobytes = sum(image.nbytes for image in once.pixels) / len(files) / 1000
     print(f"\n{len(files)} images with {cores} cores: reading once {start:.1f} s, an epoch of "
           f"reading anew {epoch:.1f} s; {kilobytes:.1f} KB held for each")
 

@@ -1,11 +1,15 @@
 """Readers of data sets, long-tailed subsets, batches, views and patches, arguments."""
 
 import gzip
+import json
+import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 
 import build_fashion_mnist_lt
 import numpy as np
@@ -40,6 +44,31 @@ def drawn(count, rows=slice(None), seed=0):
 def refused(says, *call):
     with pytest.raises(BadInput, match=says):
         load_dataset(*call)
+
+
+def write_tiff(path, pixels, bits=8, photometric=None, planes=False, orientation=1):
+    """An uncompressed TIFF of pixels [H, W] or [H, W, 3], as scanners and microscopes write them."""
+    (height, width), channels = pixels.shape[:2], 1 if pixels.ndim == 2 else 3
+    if bits == 12:  # two values in three bytes
+        a, b = pixels.reshape(-1, 2).T
+        content = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], axis=1).astype(np.uint8)
+    else:
+        content = pixels.transpose(2, 0, 1) if planes else pixels
+        content = content.astype(f"<u{bits // 8}")
+    content, strips = content.tobytes(), channels if planes else 1
+    photometric = (1 if channels == 1 else 2) if photometric is None else photometric
+    offsets = [8 + n * len(content) // strips for n in range(strips)]
+    tags = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric],
+            273: offsets, 274: [orientation], 277: [channels], 278: [height],
+            279: [len(content) // strips] * strips, 284: [2 if planes else 1]}
+    entries, extra = b"", b""
+    for tag, values in tags.items():
+        value = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            value, extra = struct.pack("<I", 14 + len(content) + 12 * len(tags) + len(extra)), extra + value
+        entries += struct.pack("<HHI", tag, 4, len(values)) + value
+    head = b"II*\0" + struct.pack("<I", 8 + len(content)) + content + struct.pack("<H", len(tags))
+    path.write_bytes(head + entries + bytes(4) + extra)
 
 
 def labels_of(sets):
@@ -115,7 +144,7 @@ def test_missing_images_of_a_data_set_are_named_with_what_to_do(tmp_path, monkey
     for options, says in (
         (["imagenet_lt"], "datasets/imagenet_lt is not a directory: put or link .* --data-root"),
         (["imagefolder", "--data-root", "my"], "my is not a directory: put or link the images of"),
-        (["fashion_mnist_lt", "--data-root", tmp_path], "/fashion_mnist_lt.npz: No such file"),
+        (["fashion_mnist_lt", "--data-root", tmp_path], "npz not found; .* --dataset small_imagefolder or"),
         (["cifar100_lt"], "datasets/cifar100_lt has no complete cifar-100-python: .*--download"),
         (["cifar100_lt", "--imbalance", 0], "--imbalance: must be from 1 to 10000, got 0"),
     ):
@@ -291,7 +320,45 @@ def test_index_may_begin_with_a_mark_and_names_classes_by_their_folders(tmp_path
     assert labels_of(sets) == TREE_COUNTS
     assert sets["train"].names == [f"n0000000{label}" for label in range(4)]
     several = data.ImageFiles(tmp_path, [b"a/x/1.jpg", b"b/y/2.jpg", b"b/x/3.jpg"], [0, 1, 1], "")
-    assert data.names_of_folders(several) is None
+    assert data.check_folders(dict(train=several)) is None
+
+
+def test_folders_that_cannot_be_listed_are_errors(tmp_path, monkeypatch, capsys):
+    folders(tmp_path, train={"ant": 3, "bee": 3, "bee/session": 2})
+    for function in ("scandir", "listdir"):  # permissions do not stop the root user
+        def fail(path, real=getattr(os, function)):
+            if str(path).endswith(unlisted):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr(os, function, fail)
+    call = monkeypatch, capsys, data, "--dataset", "imagefolder", "--data-root", tmp_path
+    for unlisted in ("train", "bee", "bee/session"):
+        code, _, said = command(*call)
+        assert code == 2 and f"/{unlisted}: Permission denied" in said
+
+
+def test_an_index_that_numbers_the_classes_otherwise_than_train_is_refused(tmp_path, imagenet_tree):
+    for split in TREE_COUNTS:
+        lines = (imagenet_tree / f"ImageNet_LT_{split}.txt").read_text()
+        if split == "test":
+            lines = "".join(f"{line[:-1]}{3 - int(line[-1])}\n" for line in lines.splitlines())
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text(lines)
+    says = "ImageNet_LT_test.txt gives n00000000 the label 3, but .*/ImageNet_LT_train.txt 0: use the"
+    refused(says, "imagenet_lt", imagenet_tree, tmp_path)
+
+
+def test_list_names_the_split_of_every_image(tmp_path, monkeypatch, capsys):
+    root, lines = folders(tmp_path, train=dict(ant=6, bee=4)), []
+    sys_argv = ["data.py", "--dataset", "imagefolder", "--data-root", str(root), "--list"]
+    monkeypatch.setattr(sys, "argv", sys_argv)
+    data.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(line["path"] for line in lines) == sorted(map(str, root.glob("train/*/*")))
+    assert all(f"/{line['class']}/" in line["path"] for line in lines)
+    for split, dataset in load_dataset("imagefolder", root).items():
+        of_split = [line["path"] for line in lines if line["split"] == split]
+        assert of_split == [str(dataset.path(n)) for n in range(len(dataset))]
 
 
 def test_equal_files_in_two_splits_are_problems_of_the_check(tmp_path, monkeypatch, capsys):
@@ -303,29 +370,52 @@ def test_equal_files_in_two_splits_are_problems_of_the_check(tmp_path, monkeypat
                 Image.new("RGB", (9, 8), color).save(tmp_path / split / name / f"{n}.png")
     shutil.copy(tmp_path / "train/ant/1.png", tmp_path / "test/ant/copy.png")
     call = monkeypatch, capsys, data, "--dataset", "imagefolder", "--data-root", tmp_path
+    shutil.copy(tmp_path / "train/ant/2.png", tmp_path / "train/bee/other.png")
     code, out, _ = command(*call, "--decode")
-    assert code == 1 and "problems: 1\n" in out and "/test/ant/copy.png of test equals " in out
+    assert code == 1 and "problems: 2\n" in out and "/test/ant/copy.png of test equals " in out
+    assert f"{tmp_path}/train/bee/other.png of train equals {tmp_path}/train/ant/2.png of" in out
     assert command(*call)[0] == 0  # contents are compared with --decode only
 
 
-def test_images_of_own_folders_are_turned_as_exif_says(tmp_path):
-    ramp = np.zeros((64, 64, 3), np.uint8)
-    ramp[..., 0], ramp[..., 1] = np.arange(0, 256, 4), np.arange(0, 256, 4)[:, None]
-    upright = Image.fromarray(ramp)
-    for orientation in (*range(1, 9), 9):  # 9 means nothing
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif", "grey tif", "16-bit tif", "lzw tif"])
+def test_images_of_own_folders_are_turned_once_as_their_orientation_says(kind, tmp_path):
+    ramp = np.zeros((64, 96, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 96), np.arange(0, 256, 4)[:, None]
+    upright, suffix = Image.fromarray(ramp), kind.rpartition(" ")[2]
+    for orientation in range(1, 9):
         turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # Pillow's inverses
         stored = upright if turn is None else upright.transpose(Image.Transpose(turn))
-        exif = Image.Exif()
+        path, exif = tmp_path / f"{orientation}.{suffix}", Image.Exif()
         exif[0x0112] = orientation
-        stored.save(tmp_path / f"{orientation}.png", exif=exif)
-    names = [b"%d.png" % orientation for orientation in range(1, 10)]
+        if kind == "lzw tif":
+            stored.save(path, compression="tiff_lzw", tiffinfo={274: orientation})
+        elif suffix == "tif":
+            pixels = np.asarray(stored.convert("RGB" if kind == "tif" else "L"))
+            bits, scale = (16, 257) if kind == "16-bit tif" else (8, 1)
+            write_tiff(path, pixels.astype(int) * scale, bits, orientation=orientation)
+        else:
+            stored.save(path, exif=exif, quality=95)
+    names = [b"%d.%s" % (orientation, suffix.encode()) for orientation in range(1, 9)]
     cfg = small_cfg("imagefolder", view_size=56, crop_scale=(1.0, 1.0))
-    files = data.ImageFiles(tmp_path, names, [0] * 9, "made", upright=True)
-    for crops in (0, 1):
-        views = files.views(range(9), range(9), cfg, crops)[0].float()
-        assert all((view - views[0]).abs().mean() < 3 for view in views)
-    files.upright = False
-    assert (files.views([0, 2], None, cfg, 0)[0].float().diff(dim=0)).abs().mean() > 50
+    files = data.ImageFiles(tmp_path, names, [0] * 8, "made", upright=True)
+    # The widest crop is random along the longer side, and not turned views differ by 50 or more.
+    tolerance = {0: 4, 1: 25}
+    for held in (False, True):
+        for crops in (0, 1):
+            views = files.views(range(8), range(8), cfg, crops)[0].float()
+            assert all((view - views[0]).abs().mean() < tolerance[crops] for view in views)
+        if not held:
+            files.hold(cfg, threads=2)
+    assert all(pixels.shape[1:] == (56, 84) for pixels in files.pixels)
+
+
+def test_images_of_benchmarks_are_not_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = np.linspace(0, 255, 64).astype(np.uint8)[:, None].repeat(64, 1)
+    Image.fromarray(pixels).save(tmp_path / "0.jpg", exif=exif)
+    files = data.ImageFiles(tmp_path, [b"0.jpg"], [0], "made")
+    assert files.views([0], None, small_cfg("imagenet_lt"), 0)[0, 0, 0].float().diff(dim=0).mean() > 5
     assert load_dataset("imagefolder", folders(tmp_path / "a", train=dict(a=3, b=3)))["val"].upright
 
 
@@ -418,6 +508,56 @@ def test_16_bit_grey_is_read_as_8_bit(kind, tmp_path):
     assert torch.equal(read(tmp_path / f"a.{kind}"), expected)
 
 
+def test_16_bit_tiffs_use_their_bits_and_are_no_negatives_and_no_noise(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 65536, (16, 24))
+    for name, pixels, expected, options in (
+        ("white is zero", 65535 - grey, grey, dict(bits=16, photometric=0)),
+        ("white is zero, 8 bits", 255 - (grey >> 8), grey, dict(photometric=0)),
+        ("packed 12 bits", grey >> 4, grey, dict(bits=12)),
+        ("planes", np.stack([grey, grey // 2, grey // 3], 2), None, dict(bits=16, planes=True)),
+    ):
+        write_tiff(tmp_path / "a.tif", pixels, **options)
+        expected = (pixels if expected is None else expected[..., None].repeat(3, 2)) >> 8
+        assert_close(read(tmp_path / "a.tif").permute(1, 2, 0).int(), torch.tensor(expected).int())
+
+
+@pytest.mark.parametrize("kind", ["grey png", "rgb png", "grey tif", "rgb tif", "grey pgm", "rgb ppm"])
+def test_16_bit_images_that_keep_few_levels_are_named(kind, tmp_path, monkeypatch, capsys):
+    color, suffix = kind.split()
+    shape = (16, 24) if color == "grey" else (16, 24, 3)
+    for name, largest, levels in (("ant", 1023, 4), ("bee", 65535, 256)):
+        for n in range(3):
+            path = tmp_path / name / f"{n}.{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            values = np.random.default_rng(n).integers(0, largest, shape).astype(np.uint16)
+            values.flat[:3] = largest
+            if suffix == "tif":
+                write_tiff(path, values, bits=16)
+            elif suffix == "png":  # Pillow cannot write 16 bits of colours
+                lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+                chunks = b"IHDR", struct.pack(">IIBBBBB", 24, 16, 16, 2 * (color == "rgb"), 0, 0, 0)
+                chunks = chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")
+                path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+                    struct.pack(">I", len(content)) + kind + content
+                    + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in chunks))
+            else:
+                head = b"P5" if color == "grey" else b"P6"
+                path.write_bytes(head + b" 24 16 65535\n" + values.astype(">u2").tobytes())
+    call = monkeypatch, capsys, data, "--dataset", "imagefolder", "--data-root", tmp_path
+    code, out, _ = command(*call, "--decode")
+    levels = "below 1,280 of 65,536, which leaves 5" if kind == "rgb ppm" else (  # Pillow rounds these
+        "below 1,024 of 65,536, which leaves 4")
+    says = f"/ant/.*: its 16-bit values stay {levels} of 256 levels: "
+    assert code == 1 and "problems: 3" in out and len(re.findall(says, out)) == 3
+    files = load_dataset("imagefolder", tmp_path)["train"]
+    for read_all in (lambda: files.views(range(2), [0, 1], small_cfg("imagefolder"), 1),
+                     lambda: files.hold(small_cfg("imagefolder"), threads=1)):
+        data.noted.clear()
+        capsys.readouterr()
+        read_all()
+        assert len(re.findall(says, capsys.readouterr().err)) == 1  # the first of them
+
+
 def test_jpeg_pixels_match_pillow(tmp_path):
     pixels = photograph(np.random.default_rng(0), 90, 60)
     for options in (dict(quality=90), dict(quality=60, progressive=True), dict(subsampling=0)):
@@ -437,6 +577,36 @@ def test_unreadable_images_are_named_with_the_reason(tmp_path, imagenet_tree):
     for name, reason in reasons.items():
         with pytest.raises(BadInput, match=f"/{name} cannot be read as an image .*{reason}"):
             read(tmp_path / name)
+
+
+def test_images_that_others_read_are_read(tmp_path):
+    pixels = Image.fromarray(photograph(np.random.default_rng(0), 200, 200))
+    pixels.save(tmp_path / "0.jpg", quality=92)
+    whole = (tmp_path / "0.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(whole[:-2] + bytes(64))  # the end marker was lost
+    pixels.save(tmp_path / "0.png")
+    png = (tmp_path / "0.png").read_bytes()
+    text = b"tEXtexif\0b'Exif\\x00\\x00MM'"  # malformed EXIF, which a web interface wrote
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    (tmp_path / "1.png").write_bytes(png[:33] + chunk + png[33:])
+    pixels.save(tmp_path / "0.webp", lossless=True)
+    pixels.save(tmp_path / "1.webp", lossless=True, exif=b"Exif\0\0MM")
+    for kind in ("jpg", "png", "webp"):
+        files = [os.fsencode(f"{n}.{kind}") for n in (0, 1)]
+        files = data.ImageFiles(tmp_path, files, [0, 0], "made", upright=True)
+        for size in (48, 160):  # JPEGs are decoded at a quarter, and whole
+            good, odd = files.views([0, 1], None, small_cfg("imagefolder", view_size=size), 0)[0]
+            assert_close(odd, good, atol=1, rtol=0)
+
+
+def test_only_the_first_page_is_read_which_is_said_once(tmp_path, capsys):
+    pages = [Image.new("L", (16, 16), 60 * n) for n in range(4)]
+    data.noted.clear()
+    for name in ("0.tif", "1.tif"):
+        pages[1].save(tmp_path / name, save_all=True, append_images=pages[2:])
+        assert (read(tmp_path / name) == 60).all()
+    says = f"{tmp_path}/0.tif has 3 pages or frames: of such files only the first is read\n"
+    assert capsys.readouterr().err == says
 
 
 def test_crops_of_files_match_torchvision(imagenet_tree):
@@ -521,7 +691,7 @@ def test_held_images_give_the_views_of_their_files_and_are_read_once(tmp_path, c
     before = [files.views([0, 1, 2], range(3), of, 2).float() for of in (whole, cfg)]
     files.hold(cfg, threads=2)
     assert "reading images: 3 of 3" in capsys.readouterr().err
-    assert [image.shape for image in files.held] == [(3, 59, 78), (3, 59, 98), (3, 50, 40)]
+    assert [image.shape for image in files.pixels] == [(3, 59, 78), (3, 59, 98), (3, 50, 40)]
     for name in names:
         (tmp_path / name.decode()).unlink()
     after = [files.views([0, 1, 2], range(3), of, 2).float() for of in (whole, cfg)]
@@ -531,12 +701,33 @@ def test_held_images_give_the_views_of_their_files_and_are_read_once(tmp_path, c
         data.ImageFiles(tmp_path, names, [0] * 3, "made").hold(cfg, threads=2)
 
 
-def test_more_images_than_memory_allows_are_not_held(tmp_path, capsys):
-    files = data.ImageFiles(tmp_path, [b"0.png"] * 288000, [0] * 288000, "made")
-    files.hold(small_cfg("small_imagefolder", view_size=32), threads=2)
-    assert not files.held
-    says = "288,000 images of 59 pixels take more than 4 GB: every epoch reads them anew\n"
-    assert capsys.readouterr().err == says
+def test_more_images_than_memory_allows_are_not_held(tmp_path, capsys, monkeypatch):
+    Image.fromarray(np.zeros((60, 100, 3), np.uint8)).save(tmp_path / "0.png")
+    files = data.ImageFiles(tmp_path, [b"0.png"] * 1000, [0] * 1000, "made")
+    kept = 3 * 59 * 59 * 100 / 60 * 1000  # bytes; in two processes, within half of the free memory
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for free, says in ((3.9, "would take 0.0 GB, more than half of the free"), (4.1, "are kept in")):
+        monkeypatch.setattr(data, "free_memory", lambda: free * kept)
+        files.hold(small_cfg("small_imagefolder", view_size=32), threads=2)
+        assert bool(files.pixels) == (free > 4)
+        assert f"1,000 images {says}" in capsys.readouterr().err
+
+
+def test_free_memory_is_that_of_the_host_within_the_limits_of_its_containers(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    4000000 kB\n",
+             "/proc/self/cgroup": "0::/job/step\n",
+             "/sys/fs/cgroup/job/step/memory.max": "max\n"}
+
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError
+        return files[str(path)]
+
+    monkeypatch.setattr(data.Path, "read_text", read_text)
+    assert data.free_memory() == min(4000000 * 1024, data.os.sysconf("SC_PHYS_PAGES") * 4096)
+    job = "/sys/fs/cgroup/job/memory."
+    files |= {job + "max": "3000\n", job + "current": "2500", job + "stat": "anon 5\nfile 700\nx 1"}
+    assert data.free_memory() == 1200  # what only caches files is free
 
 
 def test_batches_own_their_memory_as_pinning_requires(imagenet_tree):
@@ -712,7 +903,7 @@ def test_drawn_views_show_what_the_networks_see(tmp_path):
     # Red grows to the right, green downwards: colours show where a view or a patch is from.
     ramp = torch.linspace(0, 200, 32).byte().expand(32, 32)
     images = torch.stack([ramp, ramp.T, torch.full_like(ramp, 90)]).expand(8, 3, 32, 32)
-    still = dict(query_jitter_p=0.0, grey_p=0.0, key_jitter=(0,) * 4, view_size=32, seed=5)
+    still = dict(query_jitter_p=0.0, grey_p=0.0, key_jitter=(0,) * 4, view_size=32, seed=5, loss="dscl")
     dataset = data.ImageArrays(images, torch.zeros(8).long(), "made")
     train.draw_views(tmp_path / "views", dataset, small_cfg("cifar10_lt", **still))
     sheet = read(tmp_path / "views").float()

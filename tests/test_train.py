@@ -1,9 +1,9 @@
 """Both stages as a user runs them: output, resuming, reproducibility and errors."""
 
 import argparse
+import itertools
 import contextlib
 import io
-import itertools
 import json
 import math
 import os
@@ -610,6 +610,8 @@ def test_a_stopped_run_is_saved_at_its_next_record_and_goes_on(
     options = ["--data-root", small_root, *TINY[:-2], "--output"]
     call(train, *options, tmp_path / "whole")
     rate, default = train.learning_rate, signal.getsignal(signal.SIGINT)
+    ticks = itertools.count()  # steps are fast, on any machine
+    fast = argparse.Namespace(monotonic=lambda: next(ticks) / 1000)
 
     def stop(step, *given):
         if step in (3, 17):
@@ -618,6 +620,7 @@ def test_a_stopped_run_is_saved_at_its_next_record_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", stop)
+        patch.setattr(train, "time", fast)
         code, _, said = command(patch, capsys, train, *options, tmp_path / "stopped")
         assert code == 130 and "saving a checkpoint at the next record" in said
         assert checkpoint(tmp_path / "stopped")["step"] == 9
@@ -626,6 +629,116 @@ def test_a_stopped_run_is_saved_at_its_next_record_and_goes_on(
     signal.signal(signal.SIGINT, default)
     assert states_equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "stopped"))
     assert records(tmp_path / "whole")[1] == records(tmp_path / "stopped")[1]
+
+
+def test_slow_steps_are_saved_at_the_first_step_after_a_stop(small_root, tmp_path, call, monkeypatch):
+    rate, clock = train.learning_rate, [0]
+
+    def learning_rate(step, *given):
+        clock[0] += 20  # seconds a step: torchrun would not wait for nine
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(step, *given)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    monkeypatch.setattr(train, "time", argparse.Namespace(monotonic=lambda: clock[0]))
+    with pytest.raises(KeyboardInterrupt, match="saved at epoch 0.4/2; the same command continues"):
+        call(train, *TINY[:-2], "--data-root", small_root, "--output", tmp_path)
+    assert checkpoint(tmp_path)["step"] == 4
+
+
+def test_a_run_that_can_no_longer_read_its_images_saves_first(
+    small_root, tmp_path, call, monkeypatch, capsys
+):
+    options, views = ["--data-root", small_root, *TINY[:-2], "--output"], data.ImageArrays.views
+    call(train, *options, tmp_path / "whole")
+
+    def fail(dataset, *given, reads=[]):
+        reads.append(None)
+        if len(reads) == 6:
+            raise BadInput("a.jpg cannot be read as an image")
+        return views(dataset, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.ImageArrays, "views", fail)
+        code, _, said = command(patch, capsys, train, *options, tmp_path / "broken")
+    assert code == 2 and said.endswith("error: a.jpg cannot be read as an image\n")
+    assert checkpoint(tmp_path / "broken")["step"] == 5
+    call(train, *options, tmp_path / "broken")
+    assert states_equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "broken"))
+
+
+def test_messages_that_nobody_can_read_are_dropped(small_root, tmp_path, call, monkeypatch):
+    class Gone:  # a closed terminal; a pipe whose reader has gone
+        def write(self, text):
+            raise error
+
+        def flush(self):
+            raise error
+
+        def isatty(self):
+            return False
+
+    for n, error in enumerate((OSError(5, "Input/output error"), BrokenPipeError(32, "Broken pipe"))):
+        monkeypatch.setattr(sys, "stderr", Gone())
+        set_argv(monkeypatch, train, *TINY, "--data-root", small_root, "--output", tmp_path / str(n))
+        train.run(train.main)
+        assert checkpoint(tmp_path / str(n))["step"] == 18
+
+
+def test_a_notebook_and_closed_streams_are_no_errors():
+    code = "import io, sys\nclass Stream(io.TextIOBase):\n    def write(self, text): pass\n"
+    code += "sys.stdout = Stream()\nimport data\ndata.run(lambda: print('all is well'))"
+    assert python("-c", code).stderr == ""
+    code = "import data; data.run(lambda: (print('x'), data.say('heard')))"
+    for stream, heard in ((1, "heard\n"), (2, "")):  # closed before Python starts
+        shell = ["bash", "-c", f'"$0" -c "$1" {stream}>&-', sys.executable, code]
+        done = subprocess.run(shell, cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == heard
+
+
+def test_two_runs_in_one_output_at_the_same_time_are_refused(small_root, tmp_path):
+    arguments = ["train.py", *TINY[2:-2], "--data-root", small_root, "--output", tmp_path]
+    first = begin(*arguments, "--epochs", 400, text=True)
+    next(line for line in first.stderr if "from step" in line)
+    second = python(*arguments, "--epochs", 400)
+    assert second.returncode == 2
+    assert f"error: another run is writing to {tmp_path}: wait for its end" in second.stderr
+    first.kill()
+    first.communicate()
+    assert train.lock_output(tmp_path)  # a dead process has no lock
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_several_processes_without_torchrun_are_refused(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "4")
+    says = f"the environment has {name}=4: every process would be a run of its own; let srun or"
+    assert says in fails(capsys, monkeypatch, train, "--output", tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv(name, "1")  # an interactive shell of Slurm
+    assert train.start(benchmark.cfg_of("fashion_mnist_lt", device="cpu", amp="off"))[1] == 1
+
+
+def test_float32_is_not_bfloat16_where_the_environment_asks_for_it():
+    # oneDNN reads it when torch is loaded.
+    code = ("import os, sys\nclass Watch:\n    def find_spec(self, name, *given):\n"
+            "        if name == 'torch': print([n for n in os.environ if 'FPMATH' in n])\n"
+            "sys.meta_path.insert(0, Watch())\nimport %s")
+    env = os.environ | dict(DNNL_DEFAULT_FPMATH_MODE="BF16", ONEDNN_DEFAULT_FPMATH_MODE="BF16")
+    for script in ("data", "train", "eval"):
+        assert python("-c", code % script, env=env).stdout == "[]\n"
+
+
+def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
+    def fail(content, file):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 1 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(BadInput, match="a.pth cannot be written .No space left on device.; an"):
+        train.save(tmp_path / "a.pth", {})
 
 
 def test_runs_on_class_folders_have_steps_instead_of_epochs(tmp_path, call):
@@ -785,8 +898,14 @@ def test_check_finite_finds_bad_weights_in_a_few_launches(wrong):
 def test_end_of_an_epoch_is_saved_if_a_minute_has_passed(
     minutes, steps, small_root, tmp_path, call, monkeypatch
 ):
-    seconds, saved, save = itertools.count(0, 60 * minutes), [], train.save
-    monkeypatch.setattr(train, "time", argparse.Namespace(monotonic=lambda: next(seconds)))
+    clock, saved, save, rate = [0], [], train.save, train.learning_rate
+
+    def learning_rate(step, *given):
+        clock[0] = 60 * minutes * (step + 1) // 9  # 9 steps an epoch
+        return rate(step, *given)
+
+    monkeypatch.setattr(train, "time", argparse.Namespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
     monkeypatch.setattr(
         train, "save", lambda path, content: (saved.append(content), save(path, content))
     )
@@ -870,7 +989,9 @@ def test_unreadable_image_stops_both_stages_and_is_named(imagenet_tree, tmp_path
         whole = broken.read_bytes()
         broken.write_bytes(b"no image")
         command, says = [script, *arguments, "--workers", 1], f"{broken} cannot be read as an image"
-        alone, two = (begin(*launch, *command, text=True) for launch in ([], LAUNCH))
+        alone = begin(*command, text=True)
+        other = ["--output", tmp_path / "two"] if stage is train else []
+        two = begin(*LAUNCH, *command, *other, text=True)
         said = alone.communicate(timeout=100)[1]  # a worker process decodes
         assert alone.returncode == 2 and f"{script}: error: {says}" in said, said
         assert "Traceback" not in said
@@ -1026,6 +1147,7 @@ def fails(capsys, monkeypatch, stage, *arguments):
         (["--data-root", "nowhere"], "nowhere is not a directory: put or link the images of"),
         (["--views", "nowhere/views.png"], "nowhere/views.png: No such file or directory"),
         (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--local-rank=0"], "torch.distributed.launch is not supported: start processes by torchr"),
         (["--imbalance", "10"], "--imbalance and --download are for cifar10_lt"),
         (["--pretrained", "none.pth", "--arch", "resnet18", *LARGE], "a file of resnet18 weights"),
         (["--arch", "resnet18"], "--view-size 20: resnet18 needs at least 33 pixels"),
