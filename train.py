@@ -26,6 +26,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -49,56 +50,58 @@ LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
 def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     """DSCL + PBSD on one batch: a dict of the total `loss`, of `dscl` and, with patches, of `pbsd`.
 
-    With --loss scl, `dscl` is the plain SCL. This rank has B images, all ranks together have N.
-    images: a pair of uint8 [B, C, H, W], for the query views and for the key views. They are two
-    random crops of each image or, if the data set is held in memory, twice the whole images, from
-    which the views are cropped here. labels is [B]. `batch` (ShuffledBatch) knows which images of
-    the global batch are this rank's, and has the random numbers of this step.
-    The contrast set is the other queries, all keys and the queue. The published code takes the
-    queries and keys of the local rank; we take those of all ranks.
+    They are means over the B images of this rank; the mean over ranks is that over the N images of
+    the global batch. With --loss scl, `dscl` is the plain SCL.
+
+    images     a pair of uint8 [B, C, H, W], for the query and the key views: two random crops, or
+               twice the whole images if they are held in memory, which are cropped here
+    labels     [B]
+    batch      a ShuffledBatch: which of the N images this rank embeds, and the random numbers
     """
-    # view: the query view of x_i, [B, 3, V, V].
-    # boxes: L boxes in it, B_i[j] in the paper, [L, B, 4].
-    # patches: the view inside these boxes, before its colours are changed, [L, B, 3, S, S]. Each is
-    # flipped, changed in colour and blurred independently. Without PBSD boxes and patches are None.
+    # 1. Views (Algorithm 1 of the supplementary). L boxes B_i[j] are drawn in the query view of x_i,
+    # and patches are cut from it before its colours change. The key views are of other images, a
+    # random B of the N: otherwise BatchNorm statistics could leak which key matches (shuffle BN).
     for_query, for_key = images
-    count = args.patches if args.pbsd_weight else 0
-    view, boxes, patches = data.query_views(for_query, batch.draws(), args, count)
-    # The key view is of B images as well, but of a random permutation of the images of all ranks:
-    # otherwise the BatchNorm statistics could leak which key matches a query (shuffle BN).
-    key_view = data.key_view(batch.shuffle(for_key), batch.draws(keys=True), args)
+    count = args.patches if args.pbsd_weight else 0  # L; with 0, boxes and patches are None
+    view, boxes, patches = data.query_views(
+        for_query, batch.draws(), args, count
+    )  # [B, 3, V, V], [L, B, 4], [L, B, 3, S, S]
+    key_view = data.key_view(
+        batch.shuffle(for_key), batch.draws(keys=True), args
+    )  # [B, 3, V, V]
 
-    # All embeddings are float32 vectors of length 1 and D numbers, from each of the E experts:
-    # z: queries z_i [E, B, D]; c: teachers c_i[j], and s: students s_i[j], both [E, L, B, D];
-    # all_keys: keys z_i+ of all ranks in the original order [E, N, D]. Teachers and keys are
-    # constants: no gradient flows into them.
+    # 2. Embeddings by each of the E experts: float32 vectors of length 1 with D numbers. Teachers c
+    # and keys z+ are constants. The key encoder's moving average precedes the step, as in MoCo.
     with autocast(view.device, args.amp):
-        z, c, s = model(view, boxes, patches)
+        z, c, s = model(view, boxes, patches)  # [E, B, D], [E, L, B, D], [E, L, B, D]
         with torch.no_grad():
-            moving_average(key_encoder, model, args.momentum_encoder)  # as in MoCo, before the step
-            with frozen_running_statistics(key_encoder):  # they are never used
-                shuffled_keys, _, _ = key_encoder(key_view)
-            all_keys = batch.gather_unshuffled(shuffled_keys)
+            moving_average(key_encoder, model, args.momentum_encoder)
+            with frozen_running_statistics(key_encoder):  # nothing uses its running statistics
+                shuffled_keys, _, _ = key_encoder(key_view)  # [E, B, D]
+            all_keys = batch.gather_unshuffled(shuffled_keys)  # [E, N, D] z+
+    all_queries, all_labels = gather_queries(z), gather(labels)  # [E, N, D], [N]
 
-    # Row i of all_queries, all_keys and all_labels belongs to image i of the global batch. Every
-    # rank computes DSCL for all N anchors, since its queries are contrast for those of other ranks,
-    # with gradient for its own queries only. PBSD is computed for this rank's B images only.
-    all_queries, all_labels = gather_queries(z, batch.rank_rows), gather(labels)
-    keys, tau = all_keys[:, batch.rank_rows], args.temperature
-    alpha = None if args.loss == "scl" else args.alpha
+    # 3. The losses, of each expert with its own queue. The queries and keys of all ranks are
+    # contrast samples in DSCL; the published code takes those of the local rank.
+    tau, alpha = args.temperature, None if args.loss == "scl" else args.alpha
     dscl, pbsd = [], []
-    for e in range(args.experts):  # each expert has its own embeddings, queue and losses
-        batch_and_queue = all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels
-        dscl.append(dscl_loss(*batch_and_queue, alpha=alpha, temperature=tau))
+    for e in range(args.experts):
+        dscl.append(dscl_loss(
+            all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels,
+            alpha=alpha, temperature=tau, anchors=batch.rank_rows,
+        ))
         if args.pbsd_weight:
-            pbsd.append(pbsd_loss(c[e], s[e], keys[e], queue.keys[e], temperature=tau))
-    # It is safe to change the queue before backward(), which reads no tensor of the queue.
-    queue.put(all_keys, all_labels)
+            keys = all_keys[e, batch.rank_rows]  # [B, D]
+            pbsd.append(pbsd_loss(c[e], s[e], keys, queue.keys[e], temperature=tau))
     dscl = torch.stack(dscl).mean()
-    if not pbsd:
-        return dict(loss=dscl, dscl=dscl)
-    pbsd = torch.stack(pbsd).mean()
-    return dict(loss=dscl + args.pbsd_weight * pbsd, dscl=dscl, pbsd=pbsd)
+    values = dict(loss=dscl, dscl=dscl)
+    if pbsd:
+        pbsd = torch.stack(pbsd).mean()
+        values = dict(loss=dscl + args.pbsd_weight * pbsd, dscl=dscl, pbsd=pbsd)
+
+    # 4. The queue. backward() may follow: it reads no tensor of the queue.
+    queue.put(all_keys, all_labels)
+    return values
 
 
 def cross_entropy_step(model, log_prior, images, labels, batch, args):
@@ -326,15 +329,23 @@ def gather(tensor, dim=0):
     return torch.cat(parts, dim)
 
 
-def gather_queries(z, rank_rows):
-    """The queries of all ranks [E, N, D]; this rank's are z [E, B, D], at the rows `rank_rows`.
+def gather_queries(z):
+    """The queries of all ranks [E, N, D], with gradient; this rank's are z [E, B, D]."""
+    return _GatherQueries.apply(z) if dist.is_initialized() else z
 
-    DDP averages gradients over ranks; they are multiplied by world size to get the sum.
-    """
-    everyone = gather(z, dim=1)
-    world = everyone.shape[1] // z.shape[1]
-    z.register_hook(lambda gradient: gradient * world)
-    return torch.cat([everyone[:, : rank_rows.start], z, everyone[:, rank_rows.stop :]], dim=1)
+
+class _GatherQueries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return gather(z, dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """The losses of all ranks depend on z: the sum of their gradients [E, B, D]."""
+        sent = torch.stack(gradient.chunk(dist.get_world_size(), dim=1))  # [ranks, E, B, D]
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        return received.sum(0)
 
 
 @torch.no_grad()
@@ -357,13 +368,24 @@ class ShuffledBatch:
     def __init__(self, args, step, rank_rows, device):
         self.seeds = [seed_from(args.seed, step, stream) for stream in (1, 2, 3)]
         self.rank_rows = self.key_rows = rank_rows
-        self.batch_size, self.device, self.order = args.batch_size, device, None
+        self.batch_size, self.device, self.is_shuffled = args.batch_size, device, False
         if dist.is_initialized():
+            self.is_shuffled, world = True, dist.get_world_size()
             generator = torch.Generator().manual_seed(self.seeds[0])
-            order = torch.randperm(args.batch_size, generator=generator)
-            order = order.pin_memory() if device.type == "cuda" else order
-            self.order = order.to(device, non_blocking=True)
-            self.key_rows = self.order[rank_rows]
+            order = torch.randperm(args.batch_size, generator=generator).numpy()
+            # Key k of all ranks is of row order[k]. Each rank's rows are sorted: images arrive in
+            # the order of the ranks that send them. NumPy, since a GPU would have to be waited for.
+            order = np.sort(order.reshape(world, -1)).ravel()  # [N]
+            position = order.argsort()  # [N] of each row in `order`
+            key_rows, positions = order[rank_rows], position[rank_rows]
+            per_rank = len(key_rows)
+            self.received = np.bincount(key_rows // per_rank, minlength=world).tolist()
+            self.sent = np.bincount(positions // per_rank, minlength=world).tolist()
+            tensors = map(torch.tensor, (key_rows, positions.argsort(), position))
+            if device.type == "cuda":
+                tensors = [tensor.pin_memory() for tensor in tensors]
+            tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
+            self.key_rows, self.outgoing, self.position = tensors
 
     def draws(self, keys=False):
         """The random numbers of this rank's query views, or of its key views."""
@@ -372,11 +394,16 @@ class ShuffledBatch:
 
     def shuffle(self, images):
         """Exchange this rank's uint8 images [B, C, H, W] for those whose keys it embeds."""
-        return images if self.order is None else gather(images)[self.key_rows]
+        if not self.is_shuffled:
+            return images
+        sent = images[self.outgoing].contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, self.received, self.sent)
+        return received
 
     def gather_unshuffled(self, keys):
         """Gather the keys [E, B, D] of all ranks, in the order of the images: [E, N, D]."""
-        return keys if self.order is None else gather(keys, dim=1)[:, self.order.argsort()]
+        return gather(keys, dim=1)[:, self.position] if self.is_shuffled else keys
 
 
 def fit_batch(args, count):
