@@ -50,58 +50,53 @@ LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
 def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     """DSCL + PBSD on one batch: a dict of the total `loss`, of `dscl` and, with patches, of `pbsd`.
 
-    They are means over the B images of this rank; the mean over ranks is that over the N images of
-    the global batch. With --loss scl, `dscl` is the plain SCL.
-
-    images     a pair of uint8 [B, C, H, W], for the query and the key views: two random crops, or
-               twice the whole images if they are held in memory, which are cropped here
-    labels     [B]
-    batch      a ShuffledBatch: which of the N images this rank embeds, and the random numbers
+    Each is the mean over this rank's B of the batch's N images; the mean over ranks, which DDP
+    takes of the gradients, is the loss of the batch. With --loss scl, `dscl` is the plain SCL.
+    images: a pair of uint8 [B, C, H, W], for the query views and for the key views. They are two
+    random crops of each image or, if the data set is held in memory, twice the whole images, from
+    which the views are cropped here. labels is [B]. `batch` (ShuffledBatch) has the random numbers.
     """
-    # 1. Views (Algorithm 1 of the supplementary). L boxes B_i[j] are drawn in the query view of x_i,
-    # and patches are cut from it before its colours change. The key views are of other images, a
-    # random B of the N: otherwise BatchNorm statistics could leak which key matches (shuffle BN).
+    # 1. Views (Algorithm 1 of the supplementary). Patches are cut from the query view, inside its
+    # boxes, before its colours change. The key views are of B other images of the N: otherwise the
+    # BatchNorm statistics could leak which key matches a query (shuffle BN).
     for_query, for_key = images
-    count = args.patches if args.pbsd_weight else 0  # L; with 0, boxes and patches are None
-    view, boxes, patches = data.query_views(
-        for_query, batch.draws(), args, count
-    )  # [B, 3, V, V], [L, B, 4], [L, B, 3, S, S]
-    key_view = data.key_view(
-        batch.shuffle(for_key), batch.draws(keys=True), args
-    )  # [B, 3, V, V]
+    count = args.patches if args.pbsd_weight else 0  # L; if it is 0, boxes and patches are None
+    view, boxes, patches = data.query_views(for_query, batch.draws(), args, count)
+    # [B, 3, V, V], [L, B, 4], [L, B, 3, S, S]
+    for_key = batch.shuffle(for_key)  # [B, C, H, W]
+    key_view = data.key_view(for_key, batch.draws(keys=True), args)  # [B, 3, V, V]
 
-    # 2. Embeddings by each of the E experts: float32 vectors of length 1 with D numbers. Teachers c
-    # and keys z+ are constants. The key encoder's moving average precedes the step, as in MoCo.
+    # 2. Embeddings by each of E experts: vectors of length 1, float32. No gradient flows into the
+    # regions' c and the keys z+. The key encoder's average is updated before the step, as in MoCo.
     with autocast(view.device, args.amp):
         z, c, s = model(view, boxes, patches)  # [E, B, D], [E, L, B, D], [E, L, B, D]
         with torch.no_grad():
             moving_average(key_encoder, model, args.momentum_encoder)
-            with frozen_running_statistics(key_encoder):  # nothing uses its running statistics
+            with frozen_running_statistics(key_encoder):  # which nothing reads
                 shuffled_keys, _, _ = key_encoder(key_view)  # [E, B, D]
-            all_keys = batch.gather_unshuffled(shuffled_keys)  # [E, N, D] z+
+            all_keys = batch.gather_unshuffled(shuffled_keys)  # [E, N, D]
     all_queries, all_labels = gather_queries(z), gather(labels)  # [E, N, D], [N]
 
-    # 3. The losses, of each expert with its own queue. The queries and keys of all ranks are
-    # contrast samples in DSCL; the published code takes those of the local rank.
-    tau, alpha = args.temperature, None if args.loss == "scl" else args.alpha
+    # 3. The losses of this rank's images. In DSCL the queries and keys of all ranks are contrast
+    # samples; the published code takes those of the local rank.
+    rank_rows, tau, alpha = batch.rank_rows, args.temperature, args.alpha
     dscl, pbsd = [], []
-    for e in range(args.experts):
+    for e in range(args.experts):  # each expert has its own embeddings, queue and losses
         dscl.append(dscl_loss(
             all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels,
-            alpha=alpha, temperature=tau, anchors=batch.rank_rows,
-        ))
+            alpha=None if args.loss == "scl" else alpha, temperature=tau, anchors=rank_rows))
         if args.pbsd_weight:
-            keys = all_keys[e, batch.rank_rows]  # [B, D]
+            keys = all_keys[e, rank_rows]  # [B, D]
             pbsd.append(pbsd_loss(c[e], s[e], keys, queue.keys[e], temperature=tau))
-    dscl = torch.stack(dscl).mean()
-    values = dict(loss=dscl, dscl=dscl)
+    values = dict(dscl=torch.stack(dscl).mean())
+    loss = values["dscl"]
     if pbsd:
-        pbsd = torch.stack(pbsd).mean()
-        values = dict(loss=dscl + args.pbsd_weight * pbsd, dscl=dscl, pbsd=pbsd)
+        values["pbsd"] = torch.stack(pbsd).mean()
+        loss = loss + args.pbsd_weight * values["pbsd"]
 
-    # 4. The queue. backward() may follow: it reads no tensor of the queue.
+    # 4. The queue may change before backward(), which reads none of its tensors.
     queue.put(all_keys, all_labels)
-    return values
+    return dict(loss=loss, **values)
 
 
 def cross_entropy_step(model, log_prior, images, labels, batch, args):
@@ -329,23 +324,22 @@ def gather(tensor, dim=0):
     return torch.cat(parts, dim)
 
 
-def gather_queries(z):
-    """The queries of all ranks [E, N, D], with gradient; this rank's are z [E, B, D]."""
-    return _GatherQueries.apply(z) if dist.is_initialized() else z
-
-
 class _GatherQueries(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z):
         return gather(z, dim=1)
 
     @staticmethod
-    def backward(ctx, gradient):
-        """The losses of all ranks depend on z: the sum of their gradients [E, B, D]."""
+    def backward(ctx, gradient):  # [E, N, D] of this rank's loss; those of all ranks are added
         sent = torch.stack(gradient.chunk(dist.get_world_size(), dim=1))  # [ranks, E, B, D]
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
         return received.sum(0)
+
+
+def gather_queries(z):
+    """The queries of all ranks [E, N, D], with gradient; this rank's are z [E, B, D]."""
+    return _GatherQueries.apply(z) if dist.is_initialized() else z
 
 
 @torch.no_grad()
@@ -368,24 +362,20 @@ class ShuffledBatch:
     def __init__(self, args, step, rank_rows, device):
         self.seeds = [seed_from(args.seed, step, stream) for stream in (1, 2, 3)]
         self.rank_rows = self.key_rows = rank_rows
-        self.batch_size, self.device, self.is_shuffled = args.batch_size, device, False
+        self.batch_size, self.device, self.position = args.batch_size, device, None
         if dist.is_initialized():
-            self.is_shuffled, world = True, dist.get_world_size()
-            generator = torch.Generator().manual_seed(self.seeds[0])
+            generator, world = torch.Generator().manual_seed(self.seeds[0]), dist.get_world_size()
             order = torch.randperm(args.batch_size, generator=generator).numpy()
-            # Key k of all ranks is of row order[k]. Each rank's rows are sorted: images arrive in
-            # the order of the ranks that send them. NumPy, since a GPU would have to be waited for.
-            order = np.sort(order.reshape(world, -1)).ravel()  # [N]
-            position = order.argsort()  # [N] of each row in `order`
-            key_rows, positions = order[rank_rows], position[rank_rows]
-            per_rank = len(key_rows)
-            self.received = np.bincount(key_rows // per_rank, minlength=world).tolist()
-            self.sent = np.bincount(positions // per_rank, minlength=world).tolist()
-            tensors = map(torch.tensor, (key_rows, positions.argsort(), position))
-            if device.type == "cuda":
-                tensors = [tensor.pin_memory() for tensor in tensors]
-            tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
-            self.key_rows, self.outgoing, self.position = tensors
+            # The rows of each rank's keys are sorted, because images come in the order of senders.
+            order = np.sort(order.reshape(world, -1)).flatten()  # [N]
+            position = order.argsort()  # [N] of each row's key among the keys of all ranks
+            # How many images come from and go to each rank: known without waiting for the GPU.
+            ranks = [rows[rank_rows] * world // len(rows) for rows in (order, position)]
+            self.counts = [np.bincount(rank, minlength=world).tolist() for rank in ranks]
+            both = torch.tensor(np.stack([order, position]))
+            both = both.pin_memory() if device.type == "cuda" else both
+            order, self.position = both.to(device, non_blocking=True)
+            self.key_rows = order[rank_rows]
 
     def draws(self, keys=False):
         """The random numbers of this rank's query views, or of its key views."""
@@ -394,16 +384,16 @@ class ShuffledBatch:
 
     def shuffle(self, images):
         """Exchange this rank's uint8 images [B, C, H, W] for those whose keys it embeds."""
-        if not self.is_shuffled:
+        if self.position is None:
             return images
-        sent = images[self.outgoing].contiguous()
+        sent = images[self.position[self.rank_rows].argsort()].contiguous()
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, self.received, self.sent)
+        dist.all_to_all_single(received, sent, *self.counts)
         return received
 
     def gather_unshuffled(self, keys):
         """Gather the keys [E, B, D] of all ranks, in the order of the images: [E, N, D]."""
-        return gather(keys, dim=1)[:, self.position] if self.is_shuffled else keys
+        return keys if self.position is None else gather(keys, dim=1)[:, self.position]
 
 
 def fit_batch(args, count):
