@@ -82,3 +82,10 @@ def test_features_and_predictions_of_stage_2_stay_on_the_gpu(eight_gpus, monkeyp
     assert features.shape == (1, 2048, 2048) and features.device == GPU
     logits = stage2.logits_of(encoder.heads, features)
     assert logits.shape == (2, 2048, 1000) and logits.device.type == "cpu"
+
+
+def test_costs_of_a_step_hardly_grow_with_the_number_of_gpus():
+    few, many = benchmark.costs_of(8), benchmark.costs_of(512)
+    assert many.products < 1.15 * few.products and many.largest == few.largest
+    # At most queries, keys and gradients of all [16384, 128], the rank's images, and labels.
+    assert few.received < many.received < 3 * 16384 * 128 * 4 + 32 * 3 * 224**2 + 16384 * 8
