@@ -11,7 +11,9 @@ from numbers import Real
 import torch
 
 
-def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature=0.07):
+def dscl_loss(
+    query, key, labels, queue, queue_labels, *, alpha=0.1, temperature=0.07, anchors=slice(None)
+):
     """Decoupled supervised contrastive loss, the paper's DSCL, mean over the anchors.
 
         L_i = logsumexp_m(z_m.z_i / tau) - a_i z_i+.z_i / tau - (1 - a_i) mean_t(z_t.z_i / tau)
@@ -31,6 +33,7 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
     queue_labels [K]     classes of the past keys
     alpha                in [0, 1] or None
     temperature          tau > 0
+    anchors              slice of the B rows that are anchors i; all rows are contrast samples
     raises               ValueError or TypeError that names the bad argument
     """
     if alpha is not None and not (isinstance(alpha, Real) and 0 <= alpha <= 1):
@@ -41,28 +44,33 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
     _check("labels", labels, (size,), integer=True)
     _check("queue", queue, (None, dim))
     _check("queue_labels", queue_labels, (len(queue),), integer=True)
+    if not (isinstance(anchors, slice) and range(size)[anchors]):
+        raise ValueError(f"anchors must be a slice of the {size} rows of query, got {anchors}")
     query, key, queue = _full_precision(query, key.detach(), queue.detach())
 
     with torch.autocast(query.device.type, enabled=False):
         # C_i is the queue and the batch. The batch is a dense matrix: its queries have gradient.
-        queue_logsumexp, _ = bank_attention(query, queue, temperature=temperature)  # [B]
+        anchor = query[anchors]  # [A, D] z_i
+        queue_logsumexp, _ = bank_attention(anchor, queue, temperature=temperature)  # [A]
         batch = torch.cat([query, key])  # [2B, D]
-        scaled_query = query / temperature
-        logits = scaled_query @ batch.T  # [B, 2B]
-        own_logit = logits[:, size:].diagonal()  # [B] z_i+.z_i / tau
-        is_anchor = torch.eye(size, 2 * size, dtype=torch.bool, device=query.device)  # [B, 2B]
-        batch_logsumexp = logits.masked_fill(is_anchor, -torch.inf).logsumexp(1)  # [B]
-        logsumexp = torch.logaddexp(batch_logsumexp, queue_logsumexp)  # [B] over C_i
+        scaled_anchor = anchor / temperature
+        logits = scaled_anchor @ batch.T  # [A, 2B]
+        own_logit = logits[:, size:][:, anchors].diagonal()  # [A] z_i+.z_i / tau
+        is_anchor = torch.zeros_like(logits, dtype=torch.bool)  # [A, 2B]
+        is_anchor[:, anchors].fill_diagonal_(True)
+        batch_logsumexp = logits.masked_fill(is_anchor, -torch.inf).logsumexp(1)  # [A]
+        logsumexp = torch.logaddexp(batch_logsumexp, queue_logsumexp)  # [A] over C_i
 
         # The sum over P_i uses a mask for the batch and per-class sums for the queue.
-        same_class = (labels[:, None] == labels).fill_diagonal_(False)  # [B, B]
-        is_positive = same_class.repeat(1, 2)  # [B, 2B] neither the anchor nor its own key
-        queue_sum, queue_count = _class_sums(labels, queue, queue_labels)  # [B, D], [B]
-        num_positives = is_positive.sum(1) + queue_count  # [B] |P_i|
-        positive_sum = is_positive.to(query.dtype) @ batch + queue_sum  # [B, D] sum of z_t over P_i
-        mean_positive_logit = (scaled_query * positive_sum).sum(1) / num_positives.clamp(min=1)
+        same_class = labels[anchors, None] == labels  # [A, B]
+        same_class[:, anchors].fill_diagonal_(False)
+        is_positive = same_class.repeat(1, 2)  # [A, 2B] neither the anchor nor its own key
+        queue_sum, queue_count = _class_sums(labels[anchors], queue, queue_labels)  # [A, D], [A]
+        num_positives = is_positive.sum(1) + queue_count  # [A] |P_i|
+        positive_sum = is_positive.to(query.dtype) @ batch + queue_sum  # [A, D] sum of z_t over P_i
+        mean_positive_logit = (scaled_anchor * positive_sum).sum(1) / num_positives.clamp(min=1)
 
-        alpha_i = 1 / (num_positives + 1)  # [B] the weight in SCL, and 1 if P_i is empty
+        alpha_i = 1 / (num_positives + 1)  # [A] the weight in SCL, and 1 if P_i is empty
         if alpha is not None:  # DSCL
             alpha_i = alpha_i.masked_fill(num_positives > 0, alpha)
         return (logsumexp - alpha_i * own_logit - (1 - alpha_i) * mean_positive_logit).mean()

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import data  # before torch, whose precision it settles
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,56 +51,53 @@ LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
 def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     """DSCL + PBSD on one batch: a dict of the total `loss`, of `dscl` and, with patches, of `pbsd`.
 
-    With --loss scl, `dscl` is the plain SCL. This rank has B images, all ranks together have N.
+    Each is the mean over this rank's B of the batch's N images; the mean over ranks, which DDP
+    takes of the gradients, is the loss of the batch. With --loss scl, `dscl` is the plain SCL.
     images: a pair of uint8 [B, C, H, W], for the query views and for the key views. They are two
     random crops of each image or, if the data set is held in memory, twice the whole images, from
-    which the views are cropped here. labels is [B]. `batch` (ShuffledBatch) knows which images of
-    the global batch are this rank's, and has the random numbers of this step.
-    The contrast set is the other queries, all keys and the queue. The published code takes the
-    queries and keys of the local rank; we take those of all ranks.
+    which the views are cropped here. labels is [B]. `batch` (ShuffledBatch) has the random numbers.
     """
-    # view: the query view of x_i, [B, 3, V, V].
-    # boxes: L boxes in it, B_i[j] in the paper, [L, B, 4].
-    # patches: the view inside these boxes, before its colours are changed, [L, B, 3, S, S]. Each is
-    # flipped, changed in colour and blurred independently. Without PBSD boxes and patches are None.
+    # 1. Views (Algorithm 1 of the supplementary). Patches are cut from the query view, inside its
+    # boxes, before its colours change. The key views are of B other images of the N: otherwise the
+    # BatchNorm statistics could leak which key matches a query (shuffle BN).
     for_query, for_key = images
-    count = args.patches if args.pbsd_weight else 0
+    count = args.patches if args.pbsd_weight else 0  # L; if it is 0, boxes and patches are None
     view, boxes, patches = data.query_views(for_query, batch.draws(), args, count)
-    # The key view is of B images as well, but of a random permutation of the images of all ranks:
-    # otherwise the BatchNorm statistics could leak which key matches a query (shuffle BN).
-    key_view = data.key_view(batch.shuffle(for_key), batch.draws(keys=True), args)
+    # [B, 3, V, V], [L, B, 4], [L, B, 3, S, S]
+    for_key = batch.shuffle(for_key)  # [B, C, H, W]
+    key_view = data.key_view(for_key, batch.draws(keys=True), args)  # [B, 3, V, V]
 
-    # All embeddings are float32 vectors of length 1 and D numbers, from each of the E experts:
-    # z: queries z_i [E, B, D]; c: teachers c_i[j], and s: students s_i[j], both [E, L, B, D];
-    # all_keys: keys z_i+ of all ranks in the original order [E, N, D]. Teachers and keys are
-    # constants: no gradient flows into them.
+    # 2. Embeddings by each of E experts: vectors of length 1, float32. No gradient flows into the
+    # regions' c and the keys z+. The key encoder's average is updated before the step, as in MoCo.
     with autocast(view.device, args.amp):
-        z, c, s = model(view, boxes, patches)
+        z, c, s = model(view, boxes, patches)  # [E, B, D], [E, L, B, D], [E, L, B, D]
         with torch.no_grad():
-            moving_average(key_encoder, model, args.momentum_encoder)  # as in MoCo, before the step
-            with frozen_running_statistics(key_encoder):  # they are never used
-                shuffled_keys, _, _ = key_encoder(key_view)
-            all_keys = batch.gather_unshuffled(shuffled_keys)
+            moving_average(key_encoder, model, args.momentum_encoder)
+            with frozen_running_statistics(key_encoder):  # which nothing reads
+                shuffled_keys, _, _ = key_encoder(key_view)  # [E, B, D]
+            all_keys = batch.gather_unshuffled(shuffled_keys)  # [E, N, D]
+    all_queries, all_labels = gather_queries(z), gather(labels)  # [E, N, D], [N]
 
-    # Row i of all_queries, all_keys and all_labels belongs to image i of the global batch. Every
-    # rank computes DSCL for all N anchors, since its queries are contrast for those of other ranks,
-    # with gradient for its own queries only. PBSD is computed for this rank's B images only.
-    all_queries, all_labels = gather_queries(z, batch.rank_rows), gather(labels)
-    keys, tau = all_keys[:, batch.rank_rows], args.temperature
-    alpha = None if args.loss == "scl" else args.alpha
+    # 3. The losses of this rank's images. In DSCL the queries and keys of all ranks are contrast
+    # samples; the published code takes those of the local rank.
+    rank_rows, tau, alpha = batch.rank_rows, args.temperature, args.alpha
     dscl, pbsd = [], []
     for e in range(args.experts):  # each expert has its own embeddings, queue and losses
-        batch_and_queue = all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels
-        dscl.append(dscl_loss(*batch_and_queue, alpha=alpha, temperature=tau))
+        dscl.append(dscl_loss(
+            all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels,
+            alpha=None if args.loss == "scl" else alpha, temperature=tau, anchors=rank_rows))
         if args.pbsd_weight:
-            pbsd.append(pbsd_loss(c[e], s[e], keys[e], queue.keys[e], temperature=tau))
-    # It is safe to change the queue before backward(), which reads no tensor of the queue.
+            keys = all_keys[e, rank_rows]  # [B, D]
+            pbsd.append(pbsd_loss(c[e], s[e], keys, queue.keys[e], temperature=tau))
+    values = dict(dscl=torch.stack(dscl).mean())
+    loss = values["dscl"]
+    if pbsd:
+        values["pbsd"] = torch.stack(pbsd).mean()
+        loss = loss + args.pbsd_weight * values["pbsd"]
+
+    # 4. The queue may change before backward(), which reads none of its tensors.
     queue.put(all_keys, all_labels)
-    dscl = torch.stack(dscl).mean()
-    if not pbsd:
-        return dict(loss=dscl, dscl=dscl)
-    pbsd = torch.stack(pbsd).mean()
-    return dict(loss=dscl + args.pbsd_weight * pbsd, dscl=dscl, pbsd=pbsd)
+    return dict(loss=loss, **values)
 
 
 def cross_entropy_step(model, log_prior, images, labels, batch, args):
@@ -312,15 +310,22 @@ def gather(tensor, dim=0):
     return torch.cat(parts, dim)
 
 
-def gather_queries(z, rank_rows):
-    """The queries of all ranks [E, N, D]; this rank's are z [E, B, D], at the rows `rank_rows`.
+class _GatherQueries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return gather(z, dim=1)
 
-    DDP averages gradients over ranks; they are multiplied by world size to get the sum.
-    """
-    everyone = gather(z, dim=1)
-    world = everyone.shape[1] // z.shape[1]
-    z.register_hook(lambda gradient: gradient * world)
-    return torch.cat([everyone[:, : rank_rows.start], z, everyone[:, rank_rows.stop :]], dim=1)
+    @staticmethod
+    def backward(ctx, gradient):  # [E, N, D] of this rank's loss; those of all ranks are added
+        sent = torch.stack(gradient.chunk(dist.get_world_size(), dim=1))  # [ranks, E, B, D]
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        return received.sum(0)
+
+
+def gather_queries(z):
+    """The queries of all ranks [E, N, D], with gradient; this rank's are z [E, B, D]."""
+    return _GatherQueries.apply(z) if dist.is_initialized() else z
 
 
 @torch.no_grad()
@@ -343,13 +348,20 @@ class ShuffledBatch:
     def __init__(self, args, step, rank_rows, device):
         self.seeds = [seed_from(args.seed, step, stream) for stream in (1, 2, 3)]
         self.rank_rows = self.key_rows = rank_rows
-        self.batch_size, self.device, self.order = args.batch_size, device, None
+        self.batch_size, self.device, self.position = args.batch_size, device, None
         if dist.is_initialized():
-            generator = torch.Generator().manual_seed(self.seeds[0])
-            order = torch.randperm(args.batch_size, generator=generator)
-            order = order.pin_memory() if device.type == "cuda" else order
-            self.order = order.to(device, non_blocking=True)
-            self.key_rows = self.order[rank_rows]
+            generator, world = torch.Generator().manual_seed(self.seeds[0]), dist.get_world_size()
+            order = torch.randperm(args.batch_size, generator=generator).numpy()
+            # The rows of each rank's keys are sorted, because images come in the order of senders.
+            order = np.sort(order.reshape(world, -1)).flatten()  # [N]
+            position = order.argsort()  # [N] of each row's key among the keys of all ranks
+            # How many images come from and go to each rank: known without waiting for the GPU.
+            ranks = [rows[rank_rows] * world // len(rows) for rows in (order, position)]
+            self.counts = [np.bincount(rank, minlength=world).tolist() for rank in ranks]
+            both = torch.tensor(np.stack([order, position]))
+            both = both.pin_memory() if device.type == "cuda" else both
+            order, self.position = both.to(device, non_blocking=True)
+            self.key_rows = order[rank_rows]
 
     def draws(self, keys=False):
         """The random numbers of this rank's query views, or of its key views."""
@@ -358,11 +370,16 @@ class ShuffledBatch:
 
     def shuffle(self, images):
         """Exchange this rank's uint8 images [B, C, H, W] for those whose keys it embeds."""
-        return images if self.order is None else gather(images)[self.key_rows]
+        if self.position is None:
+            return images
+        sent = images[self.position[self.rank_rows].argsort()].contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, *self.counts)
+        return received
 
     def gather_unshuffled(self, keys):
         """Gather the keys [E, B, D] of all ranks, in the order of the images: [E, N, D]."""
-        return keys if self.order is None else gather(keys, dim=1)[:, self.order.argsort()]
+        return keys if self.position is None else gather(keys, dim=1)[:, self.position]
 
 
 def lower_batch_size(args, count):

@@ -4,6 +4,7 @@
     python tests/benchmark.py step --device cuda       # a training step and the networks alone
     python tests/benchmark.py input --images DIR       # one data loading process, on your JPEGs
     python tests/benchmark.py held --images DIR        # small_imagefolder: read anew or once
+    python tests/benchmark.py ranks                    # what a step costs one of 8, 64, 512 GPUs
 
 The sides take turns, so that drift of the machine affects all alike; shown is the median (min to
 max) of the rounds. Speed is relative to the first side. Launches are the operations of a step on a
@@ -24,12 +25,21 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torchvision import transforms
+
+try:  # they are no part of torch's public interface
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+except ImportError:
+    FakeTensorMode = FakeStore = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -372,6 +382,70 @@ def step(args):
             compare(args, {side: partial(step_of, side, cfg) for side in sides})
 
 
+# -------------------------------------------------------------------------------------- ranks
+
+
+class Costs(TorchDispatchMode):
+    """Counts the losses' products in FLOP, bytes from other ranks and bytes of the largest tensor.
+
+    The networks' products have a bias, so they are another operation, addmm.
+    """
+
+    products = received = largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function._overloadpacket.__name__
+        tensors = [part for part in tree_leaves(result) if isinstance(part, torch.Tensor)]
+        self.largest = max([self.largest, *(part.nbytes for part in tensors)])
+        if name in ("mm", "addmm_"):
+            self.products += 2 * result.numel() * len(args[-1])
+        if name in ("allgather_", "alltoall_base_"):
+            others = 1 - 1 / dist.get_world_size()
+            self.received += others * sum(part.nbytes for part in tree_leaves(args[0]))
+        return result
+
+
+def costs_of(world):
+    """The costs of a step of imagenet_lt for one of many ranks, on tensors without data."""
+    cfg, images = train_args("imagenet_lt", batch_size=BATCH_INPUT * world), BATCH_INPUT
+    order = argparse.Namespace(numpy=lambda: np.random.default_rng(0).permutation(cfg.batch_size))
+    unseeded = argparse.Namespace(manual_seed=lambda seed: None)  # fake tensors take no generator
+    fakes = dict(Generator=lambda device=None: unseeded, randperm=lambda *_, **__: order)
+    data.constant.cache_clear()
+    dist.init_process_group("fake", rank=1, world_size=world, store=FakeStore())
+    with (
+        FakeTensorMode(),
+        mock.patch.multiple(torch, **fakes),
+        mock.patch.dict(BLOCK, clear=True),  # the blocks of a GPU
+        Costs() as costs,
+    ):
+        encoder, key_encoder = Encoder(cfg.arch), Encoder(cfg.arch).requires_grad_(False)
+        queue, embeddings = Queue(cfg.queue_size), []
+        queue.written = cfg.queue_size  # it is full
+        encoder.register_forward_hook(lambda *call: embeddings.extend(call[2]))
+        pair = torch.zeros(2, images, 3, cfg.view_size, cfg.view_size, dtype=torch.uint8)
+        labels = torch.zeros(images, dtype=torch.long)
+        batch = train.ShuffledBatch(cfg, 0, slice(images, 2 * images), pair.device)
+        parts = encoder, key_encoder, queue, pair.unbind(), labels, batch, cfg
+        loss = train.dscl_pbsd_step(*parts)["loss"]
+        z, _, s = embeddings
+        torch.autograd.grad(loss, [z, s])  # the backward pass of the losses alone
+    dist.destroy_process_group()
+    data.constant.cache_clear()
+    return costs
+
+
+def ranks(args):
+    print("a step of imagenet_lt for one GPU, counted: 32 images a GPU, K = 65,536; received: "
+          "images, keys and labels, queries and their gradient")
+    rows = [["GPUs", "products of the losses", "received", "largest tensor"]]
+    for world in (8, 64, 512):
+        costs = costs_of(world)
+        rows.append([str(world), f"{costs.products / 1e9:.1f} GFLOP"])
+        rows[-1] += [f"{costs.received / 1e6:.0f} MB", f"{costs.largest / 1e6:.0f} MB"]
+    show(rows)
+
+
 # -------------------------------------------------------------------------------------- input
 
 
@@ -490,7 +564,7 @@ def held(args):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = dict(losses=losses, step=step, input=input_pipeline, held=held)
+    commands = dict(losses=losses, step=step, ranks=ranks, input=input_pipeline, held=held)
     parser.add_argument("command", choices=commands)
     text = "device for losses and step (default: cpu)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=text)

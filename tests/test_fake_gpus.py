@@ -6,6 +6,7 @@ An operation on tensors of two devices, or one that makes the host wait for a va
 import argparse
 
 import benchmark
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,10 +23,12 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def eight_gpus(monkeypatch):
-    # A generator and pinned memory need a real GPU.
+    # A generator and pinned memory need a real GPU. The order of the keys is real: it is the host's.
     unseeded = argparse.Namespace(manual_seed=lambda seed: None)
     monkeypatch.setattr(torch, "Generator", lambda device=None: unseeded)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    order = argparse.Namespace(numpy=lambda: np.random.default_rng(0).permutation(256))
+    monkeypatch.setattr(torch, "randperm", lambda count, generator: order)
     data.constant.cache_clear()
     dist.init_process_group("fake", rank=1, world_size=8, store=fake_pg.FakeStore())
     try:
@@ -59,6 +62,8 @@ def test_step_of_imagenet_lt_stays_on_the_gpu_and_never_waits(eight_gpus):
     assert {name: value.device for name, value in values.items()} == dict.fromkeys(values, GPU)
     assert values.keys() == {"loss", "dscl", "pbsd"} and values["loss"].requires_grad
     assert batch.key_rows.device == queue.keys.device == GPU and queue.written == 65536 + 256
+    gradient = train._GatherQueries.backward(None, torch.ones(1, 256, 128, device=GPU))
+    assert gradient.shape == (1, 32, 128) and gradient.device == GPU
     with pytest.raises(RuntimeError, match="cpu and cuda:0|cuda:0, cpu"):
         train.dscl_pbsd_step(encoder, key_encoder, queue, images, labels.cpu(), batch, args)
     with pytest.raises(Exception, match="_local_scalar_dense"):
@@ -77,3 +82,10 @@ def test_features_and_predictions_of_stage_2_stay_on_the_gpu(eight_gpus, monkeyp
     assert features.shape == (1, 2048, 2048) and features.device == GPU
     logits = stage2.logits_of(encoder.heads, features)
     assert logits.shape == (2, 2048, 1000) and logits.device.type == "cpu"
+
+
+def test_costs_of_a_step_hardly_grow_with_the_number_of_gpus():
+    few, many = benchmark.costs_of(8), benchmark.costs_of(512)
+    assert many.products < 1.15 * few.products and many.largest == few.largest
+    # At most queries, keys and gradients of all [16384, 128], the rank's images, and labels.
+    assert few.received < many.received < 3 * 16384 * 128 * 4 + 32 * 3 * 224**2 + 16384 * 8

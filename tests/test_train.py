@@ -786,9 +786,7 @@ def test_full_disk_does_not_damage_the_last_good_checkpoint(small_root, tmp_path
 # ------------------------------------------------------------------------ several processes
 
 
-def test_two_hosts_match_one_process_and_shuffle_keys(
-    small_root, tmp_path
-):
+def test_two_hosts_and_four_processes_match_one_process_and_shuffle_keys(small_root, tmp_path):
     options = ["--data-root", small_root, "--epochs", 1, *TINY[2:], "--amp", "off"]
     options += ["--arch", "resnet_small", "--momentum-encoder", "0.99", "--output"]
     with socket.socket() as free:
@@ -796,23 +794,30 @@ def test_two_hosts_match_one_process_and_shuffle_keys(
         port = free.getsockname()[1]
     hosts = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=1"]
     hosts += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
-    runs = []
-    for output, commands in ((tmp_path / "one", [[]]), (tmp_path / "two", [hosts] * 2)):
+    runs, four = [], [*LAUNCH[:-1], "--nproc_per_node=4"]
+    for name, commands in dict(one=[[]], two=[hosts] * 2, four=[four]).items():
+        output = tmp_path / name
         started = [begin(*command, "tests/ranks.py", *options, output) for command in commands]
         said = [process.communicate(timeout=150)[1].decode() for process in started]
         assert not any(process.returncode for process in started), said
-        speakers = sum(f"{len(started)} x cpu" in text for text in said)
+        speakers = sum(f"{dict(one=1, two=2, four=4)[name]} x cpu" in text for text in said)
         assert speakers == 1  # rank 0
         runs.append((checkpoint(output), records(output)[1]))
-    (one, log), (two, log_of_two) = runs
-    assert two["queue"]["_extra_state"] == 9 * 64  # the keys of both ranks
-    assert log[0]["step"] == 9 and log_of_two[0] == pytest.approx(log[0], rel=1e-4)
-    for name in ("encoder", "key_encoder", "queue"):
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
-    first, second = (torch.load(output / f"rank{rank}", weights_only=True) for rank in (0, 1))
-    assert len(first["states"]) == 2 and states_equal(first["states"], second["states"])
-    # Shuffle BN: in most rows the key is of another image than the query.
-    assert len(first["moved"]) == 9 and min(first["moved"] + second["moved"]) > 0.5
+    (one, log), *others = runs
+    assert log[0]["step"] == 9
+    for state, log_of_several in others:
+        assert state["queue"]["_extra_state"] == 9 * 64  # the keys of all ranks
+        assert log_of_several[0] == pytest.approx(log[0], rel=1e-4)
+        for name in ("encoder", "key_encoder", "queue"):
+            torch.testing.assert_close(state[name], one[name], rtol=1e-3, atol=1e-4)
+    for name, world in (("two", 2), ("four", 4)):
+        first, *ranks = (
+            torch.load(tmp_path / name / f"rank{r}", weights_only=True) for r in range(world)
+        )
+        assert len(first["states"]) == 2 and len(first["moved"]) == 9
+        assert all(states_equal(first["states"], rank["states"]) for rank in ranks)
+        # Shuffle BN: in most rows the key is of another image than the query.
+        assert min(first["moved"] + sum((rank["moved"] for rank in ranks), [])) > 0.5
 
 
 def test_port_in_use_is_named(tmp_path):
