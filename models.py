@@ -5,6 +5,7 @@ moving_average  updates the key encoder, whose embeddings are the keys z_i+
 Queue           M, the first-in-first-out memory of keys and labels
 """
 
+import re
 from collections import OrderedDict
 from contextlib import contextmanager
 from urllib.error import URLError
@@ -222,9 +223,10 @@ def smallest_sides(arch):
 def load_pretrained(encoder, arch, source):
     """Load weights of torchvision's architecture into every expert's backbone.
 
-    source is a file, or torchvision's name of weights (IMAGENET1K_V1), which are downloaded once. A
-    file may hold the weights as "state_dict" or "model", and under names with a common prefix, such
-    as module.encoder_q. of MoCo; other weights are left out. Raises ValueError on a mismatch.
+    source is torchvision's name of weights (IMAGENET1K_V1), which are downloaded once, or a file: a
+    checkpoint.pth or model.pth of ours, or one that holds the weights as such, as "state_dict" or as
+    "model", also under names with a common prefix, such as module.encoder_q. of MoCo; other weights
+    are left out. Raises ValueError on a mismatch.
     """
     names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
     try:
@@ -232,8 +234,10 @@ def load_pretrained(encoder, arch, source):
             state = names[source].get_state_dict()
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model"):
+        for key in ("state_dict", "model", "encoder"):
             state = state.get(key, state)
+        for part in ("shared.", "branches.0."):  # of an Encoder: its first expert
+            state = {name.removeprefix(part): weight for name, weight in state.items()}
         stems = [name for name in state if name.endswith("conv1.weight") and "layer" not in name]
         prefix = min(stems, key=lambda name: "_k." in name, default="")[: -len("conv1.weight")]
         for branch in encoder.branches:
@@ -250,5 +254,7 @@ def load_pretrained(encoder, arch, source):
         raise ValueError(f"{reason}; download it elsewhere and give the file's path") from None
     except Exception as error:  # a missing or foreign file, weights of another network
         reason = " ".join(str(error).split())[:160]
+        for found in re.findall(r"GLOBAL (\S+)", str(error))[:1]:  # torch's text is long, in colours
+            reason = f"it holds {found}, which is not read since it could run code: save weights alone"
         known = f", nor torchvision's {' or '.join(names)}" if names else "; torchvision has none"
         raise ValueError(f"not a file of {arch} weights{known} ({reason})") from None

@@ -1,5 +1,7 @@
 """Encoder, momentum encoder and queue."""
 
+import argparse
+
 import pytest
 import torch
 import torchvision
@@ -66,6 +68,21 @@ def test_resnet20_matches_its_paper_except_for_projection_shortcuts():
     assert sum(layer.kernel_size == (3, 3) for layer in layers) == 19  # and the linear classifier
     weights = sum(layer.weight.numel() for layer in layers if layer.kernel_size == (3, 3))
     assert round(weights / 1e6, 2) == 0.27  # as in the paper's table
+
+
+def test_checkpoints_of_our_own_runs_are_pretrained_weights(tmp_path):
+    trained = Encoder("resnet_tiny", 2, classes=5)
+    for key in ("encoder", "model"):  # checkpoint.pth, model.pth
+        torch.save({"stage": "x", key: trained.state_dict()}, tmp_path / "own.pth")
+        encoder = Encoder("resnet_tiny", 2)
+        load_pretrained(encoder, "resnet_tiny", tmp_path / "own.pth")
+        for branch in encoder.branches:  # from the first expert
+            for ours, theirs in ((encoder.shared, trained.shared), (branch, trained.branches[0])):
+                ours, theirs = ours.state_dict(), theirs.state_dict()
+                assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    torch.save(dict(args=argparse.Namespace(lr=1)), tmp_path / "code.pth")
+    with pytest.raises(ValueError, match=r"\(it holds argparse.Namespace, which is not read since"):
+        load_pretrained(encoder, "resnet_tiny", tmp_path / "code.pth")
 
 
 def test_pretrained_weights_are_loaded_into_every_expert_or_refused(tmp_path):
