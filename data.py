@@ -28,7 +28,7 @@ from hashlib import sha256
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# On ARM these make oneDNN compute float32 in bfloat16, and torch cannot set it back once it is loaded.
+# On ARM these make oneDNN compute float32 in bfloat16, and a loaded torch cannot set it back.
 for variable in ("DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"):
     os.environ.pop(variable, None)
 for stream in ("stdout", "stderr"):  # closed: the next file that is opened would get its number
@@ -64,9 +64,8 @@ RATIO = (3 / 4, 4 / 3)  # range of the aspect ratio of all crops
 
 # ----------------------------------------------------------------------- what the data sets are
 
-# Data sets with "npz" or "cifar" are whole in memory and cropped on the device; images of those with
-# an "index" or with class folders are decoded and cropped by worker processes. train.py has the
-# settings for each data set.
+# Data sets with "npz" or "cifar" are arrays in memory, cropped on the device; images of those with
+# an "index" or "folders" are decoded and cropped by worker processes. train.py has the settings.
 FASHION_CLASSES = "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle-boot".split()
 DATASETS = {
     "fashion_mnist_lt": dict(npz="fashion_mnist_lt.npz", names=FASHION_CLASSES),
@@ -83,7 +82,7 @@ DEFAULT = "fashion_mnist_lt"
 
 
 def cropped_on_device(name):
-    """Whether the images of a data set are arrays in memory, from which the device cuts the views."""
+    """Whether a data set is held as arrays, of which whole images go to the device."""
     return "npz" in DATASETS[name] or "cifar" in DATASETS[name]
 
 
@@ -402,9 +401,9 @@ class ImageFiles:
         size = sum(map(shrunk_bytes, sample)) / len(sample) * len(self)
         usable = free_memory() / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if size > usable:
-            return say(f"{len(self):,} images would take {size / 1e9:.1f} GB, more than half of the "
-                       "free memory of a process: every epoch reads them anew")
-        say(f"{len(self):,} images are kept in memory, {size / 1e9:.1f} GB in each process")
+            return say(f"{len(self):,} images would take {size / 1e9:.1f} GB, more than the "
+                       f"{usable / 1e9:.1f} GB that may be used: every epoch reads them anew")
+        say(f"{len(self):,} images are kept in {size / 1e9:.1f} GB of memory")
 
         def read(index):
             with self.opened(index) as image:
@@ -424,20 +423,19 @@ def free_memory():
     """Bytes of memory that are free on this host and, on Linux, within its container's limits."""
     bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):
-        bounds.append(1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]))
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kind, path = line.split(":", 2)  # "0::/job", or "4:memory:/job" of cgroups version 1
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-            if kind == "memory":
-                root, names = root / kind, ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            elif kind:
-                continue
-            group = root / path[1:]
-            for place in (group, *group.parents):
+        available = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+        bounds.append(1024 * int(available[1]))
+        # "0::/job" or, in the first version of control groups, "4:memory:/job".
+        groups = re.findall(r"^\d+:(memory)?:/(.*)", Path("/proc/self/cgroup").read_text(), re.M)
+        for kind, group in groups:
+            root, names = Path("/sys/fs/cgroup", kind), ("max", "current", r"^file (\d+)")
+            if kind:
+                names = "limit_in_bytes", "usage_in_bytes", r"^cache (\d+)"
+            for place in (root / group, *(root / group).parents):
                 with suppress(OSError, ValueError):  # no limit here, or "max"
-                    limit, used = (int((place / name).read_text()) for name in names)
-                    statistics = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
-                    bounds.append(limit - used + int(statistics.get("file") or statistics["cache"]))
+                    limit, used = (int((place / f"memory.{n}").read_text()) for n in names[:2])
+                    cache = re.search(names[2], (place / "memory.stat").read_text(), re.M)
+                    bounds.append(limit - used + int(cache[1]))  # a cache makes room
     return min(bounds)
 
 
@@ -447,8 +445,8 @@ def open_image(path):
     try:
         with Image.open(path) as image:
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                note_once("pages", f"{path} has {image.n_frames} pages or frames: of such files only "
-                                   "the first is read")
+                note_once("pages", f"{path} has {image.n_frames} pages or frames: of such files "
+                                   "only the first is read")
             if image.format == "TIFF":
                 image.load()  # Pillow turns it as its orientation says; only then its size is right
             yield image
@@ -504,20 +502,18 @@ def decode(image, max_downscale=1.0, note=note_once):
 
 def decode_16_bits(image, note):
     """decode() for more than 8 bits a sample, which Pillow cuts to 8 in colours but not in grey."""
-    path, bits = image.filename, bits_per_sample(image)
-    if image.mode[0] == "I":
-        values = np.asarray(image)
-        # "White is zero" (tag 262), which Pillow inverts in files of 1 and 8 bits only.
-        if image.format == "TIFF" and image.tag_v2.get(262, 0) == 0:
-            values = 2**bits - 1 - values
-        image = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
-    pixels = pil_to_tensor(image.convert("RGB"))
+    bits, is_grey, pixels = bits_per_sample(image), image.mode[0] == "I", np.asarray(image)
+    if is_grey:
+        pixels = (pixels >> (bits - 8)).astype(np.uint8)
     levels = int(pixels.max()) + 1
     if levels <= 16:
-        note("levels", f"{path}: its {bits}-bit values stay below {levels << (bits - 8):,} of "
-             f"{2**bits:,}, which leaves {levels} of 256 levels: multiply the values of such images "
-             f"by {256 // levels}, or save them with 8 bits")
-    return pixels
+        note("levels", f"{image.filename}: its {bits}-bit values are below {levels << (bits - 8):,} "
+             f"of {2**bits:,}, which leaves {levels} of 256 levels: multiply the values of such "
+             f"images by {256 // levels}, or save them with 8 bits")
+    # "White is zero" (tag 262): Pillow inverts files of 1 and 8 bits only.
+    if is_grey and image.format == "TIFF" and image.tag_v2.get(262, 0) == 0:
+        pixels = 255 - pixels
+    return pil_to_tensor((Image.fromarray(pixels) if is_grey else image).convert("RGB"))
 
 
 def turned(view, orientation):
@@ -597,22 +593,23 @@ def load_dataset(name, root, index_dir=None, imbalance=None, download=False):
 def check_folders(sets):
     """The folder of each label's training images, or None if they are not one to one.
 
-    BadInput if an image of val or test is in the folder of another training class than its label.
+    BadInput if val or test has a folder of training images under another label.
     """
-    folder_of = {split: [path.split(b"/")[1:-1] for path in dataset.paths.tolist()]
-                 for split, dataset in sets.items()}
-    folder_of = {split: [b"/".join(parts) for parts in paths] for split, paths in folder_of.items()}
-    pairs = sorted(set(zip(sets["train"].labels.tolist(), folder_of["train"])))
-    labels, folders = zip(*pairs)
-    if not len(pairs) == len(set(labels)) == len(set(folders)):
+
+    def pairs(dataset):  # (label, folder without the first) of its images
+        folders = [b"/".join(path.split(b"/")[1:-1]) for path in dataset.paths.tolist()]
+        return sorted(set(zip(dataset.labels.tolist(), folders)))
+
+    labels, folders = zip(*pairs(sets["train"]))
+    if not len(labels) == len(set(labels)) == len(set(folders)):
         return None
-    label_of = {folder: label for label, folder in pairs}
-    for split, dataset in sets.items():
-        for label, folder in zip(dataset.labels.tolist(), folder_of[split]):
+    label_of = dict(zip(folders, labels))
+    for dataset in sets.values():
+        for label, folder in pairs(dataset):
             if label_of.get(folder, label) != label:  # in a flat val/ the folder says nothing
-                raise BadInput(f"{dataset.origin} gives {os.fsdecode(folder)} the label {label}, but "
-                               f"{sets['train'].origin} {label_of[folder]}: use the lists of one "
-                               "source")
+                raise BadInput(f"{dataset.origin} gives {os.fsdecode(folder)} the label {label}, "
+                               f"but {sets['train'].origin} {label_of[folder]}: use the lists of "
+                               "one source")
     return [os.fsdecode(folder).rpartition("/")[2] for folder in folders]
 
 

@@ -224,9 +224,9 @@ def load_pretrained(encoder, arch, source):
     """Load weights of torchvision's architecture into every expert's backbone.
 
     source is torchvision's name of weights (IMAGENET1K_V1), which are downloaded once, or a file: a
-    checkpoint.pth or model.pth of ours, or one that holds the weights as such, as "state_dict" or as
-    "model", also under names with a common prefix, such as module.encoder_q. of MoCo; other weights
-    are left out. Raises ValueError on a mismatch.
+    checkpoint.pth or model.pth of ours, or one with the weights as such, as "state_dict" or "model",
+    also under names with a common prefix, such as module.encoder_q. of MoCo; other weights are left
+    out. Raises ValueError on a mismatch.
     """
     names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
     try:
@@ -254,7 +254,7 @@ def load_pretrained(encoder, arch, source):
         raise ValueError(f"{reason}; download it elsewhere and give the file's path") from None
     except Exception as error:  # a missing or foreign file, weights of another network
         reason = " ".join(str(error).split())[:160]
-        for found in re.findall(r"GLOBAL (\S+)", str(error))[:1]:  # torch's text is long, in colours
-            reason = f"it holds {found}, which is not read since it could run code: save weights alone"
+        if found := re.search(r"GLOBAL (\S+)", str(error)):  # torch's text is long, and in colours
+            reason = f"it holds {found[1]}, which could run code: save the weights alone"
         known = f", nor torchvision's {' or '.join(names)}" if names else "; torchvision has none"
         raise ValueError(f"not a file of {arch} weights{known} ({reason})") from None

@@ -223,8 +223,8 @@ def start(args):
     """Join torchrun's process group; returns (rank, world size, device) and settles args.amp."""
     for name in LAUNCHERS:
         if int(os.environ.get(name, 1)) > 1 and "RANK" not in os.environ:
-            raise BadInput(f"the environment has {name}={os.environ[name]}: every process would be a "
-                           "run of its own; let srun or mpirun start torchrun, once on each host")
+            raise BadInput(f"the environment has {name}={os.environ[name]}: every process would be "
+                           "a run of its own; let srun or mpirun start torchrun, once on each host")
     needed = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     here = [name for name in needed if name in os.environ]
     if 0 < len(here) < len(needed):
@@ -246,8 +246,8 @@ def start(args):
         torch.backends.cudnn.benchmark = True  # shapes are the same in every step
         able = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        # Without these instructions bfloat16 is slower than float32; torch < 2.6 cannot tell. On ARM
-        # it is slower with them, too: oneDNN's gradients of convolutions are not optimised there.
+        # Without these instructions bfloat16 is slower than float32; torch < 2.6 cannot tell. On
+        # ARM it is slower with them, too: oneDNN has only reference code for gradients there.
         device, can = torch.device("cpu"), getattr(torch.cpu, "get_capabilities", dict)()
         able = can.get("avx512_bf16") or can.get("amx_bf16")
     args.amp = "bf16" if args.amp == "auto" and able else "off"
@@ -433,8 +433,8 @@ class Recorder:
         precision = "bfloat16" if args.amp == "bf16" else "float32"
         world = dist.get_world_size() if dist.is_initialized() else 1
         data.say(f"{args.arch} on {args.dataset}, {len(batches.labels)} images, from step "
-                 f"{self.done} of {self.steps}, {self.per_epoch} per epoch; {world} x {device.type}, "
-                 f"{precision}, {args.workers} workers each")
+                 f"{self.done} of {self.steps}, {self.per_epoch} per epoch; {world} x "
+                 f"{device.type}, {precision}, {args.workers} workers each")
         if device.type == "cpu" and args.dataset == "imagefolder":
             data.say("the defaults of imagefolder take hours on a CPU, those of small_imagefolder "
                      "minutes")
@@ -822,8 +822,8 @@ def draw_views(path, dataset, args, count=6):
     columns = [F.interpolate((column * std + mean).clamp(0, 1), (side, side)) for column in drawn]
     colors = [("red", "lime", "cyan", "yellow", "magenta")[n % 5] for n in range(args.patches)]
     for n, image in enumerate(() if is_baseline else columns[1]):
-        boxed = draw_bounding_boxes(image, boxes[:, n] * side / args.view_size, colors=colors, width=2)
-        image.copy_(boxed)
+        shown = boxes[:, n] * side / args.view_size
+        image.copy_(draw_bounding_boxes(image, shown, colors=colors, width=2))
     cells = torch.stack(columns, dim=1).flatten(0, 1)
     save_image(cells, path, format="png", nrow=len(columns), pad_value=1)
 

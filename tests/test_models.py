@@ -81,7 +81,7 @@ def test_checkpoints_of_our_own_runs_are_pretrained_weights(tmp_path):
                 ours, theirs = ours.state_dict(), theirs.state_dict()
                 assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     torch.save(dict(args=argparse.Namespace(lr=1)), tmp_path / "code.pth")
-    with pytest.raises(ValueError, match=r"\(it holds argparse.Namespace, which is not read since"):
+    with pytest.raises(ValueError, match=r"\(it holds argparse.Namespace, which could run code"):
         load_pretrained(encoder, "resnet_tiny", tmp_path / "code.pth")
 
 
