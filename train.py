@@ -157,7 +157,8 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         recorder.count_step(losses, lr)
-    say_done(path, args.output)
+    output = shlex.quote(str(args.output))
+    data.say(f"done: {path}; stage 2: python eval.py --output {output}")
 
 
 def settle(args, sets, world):
@@ -205,10 +206,6 @@ def build(args, counts, saved, device):
         for name, part in state.items():
             part.load_state_dict(saved.pop(name))
     return state, train_step
-
-
-def say_done(path, output):
-    data.say(f"done: {path}; stage 2: python eval.py --output {shlex.quote(str(output))}")
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -397,8 +394,9 @@ def lower_batch_size(args, count):
 class Stop:
     """Ctrl-C and SIGTERM end a run at its next record, after saving; a second Ctrl-C at once."""
 
-    def __init__(self, device):
-        self.asked, self.device, self.looked_at = False, device, time.monotonic()
+    def __init__(self, step, device):
+        self.asked, self.device = False, device
+        self.step, self.time = step, time.monotonic()  # when asked_anywhere() was last called
         self.slow_steps = True  # until the first steps have been timed
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # as in the background of a script
@@ -409,10 +407,11 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         data.say(f"{data.CLEAR}saving a checkpoint at the next record; Ctrl-C: stop at once")
 
-    def asked_anywhere(self, steps):
-        """Whether a rank was asked to stop. All ranks call this together, after some steps."""
-        seconds, self.looked_at = time.monotonic() - self.looked_at, time.monotonic()
-        asked, seconds = self.asked, seconds / steps
+    def asked_anywhere(self, step):
+        """Whether a rank was asked to stop. All ranks call this together, after the same step."""
+        now = time.monotonic()
+        asked, seconds = self.asked, (now - self.time) / (step - self.step)
+        self.step, self.time = step, now
         if dist.is_initialized():
             mine = torch.tensor([[asked, seconds]], device=self.device)
             asked, seconds = gather(mine).amax(0).tolist()
@@ -441,7 +440,7 @@ class Recorder:
         self.sums = self.count = 0  # since the last record: of the losses, and of steps
         self.last_record, self.progress = "", Progress(self.steps, self.done)
         self.recorded_at = self.saved_at = time.monotonic()
-        self.stop, self.looked = Stop(device), self.done
+        self.stop = Stop(self.done, device)
 
     def read(self, loader):
         """(step, images, labels) of the remaining steps; if reading fails, it saves first."""
@@ -459,10 +458,8 @@ class Recorder:
         self.sums, self.count = self.sums + torch.stack([*losses.values()]).detach(), self.count + 1
         self.done += 1
         is_record = self.done % self.per_epoch % LOG_EVERY == 0
-        stopping = False
-        if is_record or self.stop.slow_steps:
-            stopping = self.stop.asked_anywhere(self.done - self.looked)
-            self.looked = self.done
+        is_look = is_record or self.stop.slow_steps
+        stopping = is_look and self.stop.asked_anywhere(self.done)
         if is_record or stopping:
             self.record(losses, lr, stopping)
         self.progress.show(self.done, f"{self.epoch()}{self.last_record}")

@@ -3,7 +3,7 @@
     python tests/benchmark.py losses                   # both losses against a dense implementation
     python tests/benchmark.py step --device cuda       # a training step and the networks alone
     python tests/benchmark.py input --images DIR       # one data loading process, on your JPEGs
-    python tests/benchmark.py held --images DIR        # small_imagefolder: read anew or once
+    python tests/benchmark.py held --images DIR        # class folders: read anew or once
     python tests/benchmark.py ranks                    # what a step costs one of 8, 64, 512 GPUs
 
 The sides take turns, so that drift of the machine affects all alike; shown is the median (min to
@@ -540,25 +540,41 @@ def input_pipeline(args):
     show(rows)
 
 
+def proportional_megabytes():
+    """Megabytes of this process and its workers, in which shared pages count once."""
+    workers = [child.pid for child in multiprocessing.active_children()]
+    text = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (os.getpid(), *workers)]
+    return sum(int(one.partition("\nPss:")[2].split()[0]) for one in text) / 2**10
+
+
 def held(args):
-    """small_imagefolder with images read anew in every epoch, as before, and read at the start."""
-    cfg, (files, batches) = cfg_of("small_imagefolder", train.VIEWS), jpegs(args)
-    once, cores, cpu = copy.copy(files), train.cores() + 1, torch.device("cpu")
-    began = time.perf_counter()
-    once.hold(cfg, cores)
-    start = time.perf_counter() - began
-    began = time.perf_counter()
-    for _ in data.load_batches(BatchDataset(files, cfg, 2), batches, cores, cpu):
-        pass
-    epoch = time.perf_counter() - began
-    each = dict(anew=files, once=once)
-    each = {n: data.load_batches(BatchDataset(f, cfg, 2), batches, 1, cpu) for n, f in each.items()}
-    rates, _ = rates_of(each, args)
-    rows = [["one data loading process", "images a second", "speed"]]
-    show(rows + [[side, spread(own, 0), ratio(own, rates["anew"])] for side, own in rates.items()])
-    kilobytes = sum(image.nbytes for image in once.pixels) / len(files) / 1000
-    print(f"\n{len(files)} images with {cores} cores: reading once {start:.1f} s, an epoch of "
-          f"reading anew {epoch:.1f} s; {kilobytes:.1f} KB held for each")
+    """The folder data sets with images read anew in every epoch, and read at the start."""
+    cores, cpu = train.cores() + 1, torch.device("cpu")
+    for name in ("small_imagefolder", "imagefolder"):
+        cfg, (files, batches) = cfg_of(name, train.VIEWS), jpegs(args)
+        once = copy.copy(files)
+
+        def loader(files, workers):
+            return data.load_batches(BatchDataset(files, cfg, 2), batches, workers, cpu)
+
+        began = time.perf_counter()
+        for _ in loader(files, cores):
+            pass
+        epoch, before = time.perf_counter() - began, proportional_megabytes()
+        began = time.perf_counter()
+        once.hold(cfg, cores)
+        start = time.perf_counter() - began
+        working = loader(once, cores)
+        for _ in working:
+            pass
+        memory = proportional_megabytes() - before
+        rates, _ = rates_of(dict(anew=loader(files, 1), once=loader(once, 1)), args)
+        rows = [[f"{name}, one data loading process", "images a second", "speed"]]
+        show(rows + [[how, spread(own, 0), ratio(own, rates["anew"])] for how, own in rates.items()])
+        pixels = sum(image.nbytes for image in once.pixels) / 2**20
+        print(f"{len(files)} images with {cores} cores: reading once {start:.1f} s, an epoch of "
+              f"reading anew {epoch:.1f} s; {1024 * pixels / len(files):.1f} KB held for each; "
+              f"{memory:.0f} MB more with {cores} workers, {memory / pixels:.2f} of the pixels\n")
 
 
 def main():
