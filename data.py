@@ -683,9 +683,14 @@ SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val",
 LIKE_A_SPLIT = r"(?i)(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|elopment|uation)?(?![a-z])"
 
 
+# In the path of an image: a file or folder with a dot, or a folder of a NAS box or of a drive.
+HIDDEN = r"/(\.|(@|\$RECYCLE|lost\+found|System Volume Information)[^/]*/)"
+
+
 def subfolders(place):
-    """The folders in a folder, but for those that begin with . or @."""
-    return sorted(path for path in place.iterdir() if path.name[0] not in ".@" and path.is_dir())
+    """The folders in a folder, but for hidden ones."""
+    paths = [path for path in place.iterdir() if not re.search(HIDDEN, f"/{path.name}/")]
+    return sorted(path for path in paths if path.is_dir())
 
 
 def find_images(folder):
@@ -694,8 +699,12 @@ def find_images(folder):
     OSError names a folder that cannot be listed.
     """
 
+    def is_hidden(path):
+        return re.search(HIDDEN, path[len(str(folder)) :])
+
     def fail(error):  # os.walk would go on without that folder
-        raise error
+        if not is_hidden(f"{error.filename}/"):
+            raise error
 
     images, others, seen = [], [], set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -703,10 +712,8 @@ def find_images(folder):
         if real in seen:  # a link, perhaps to a folder above: each real folder is read once
             folders.clear()
         for name in names:
-            path = os.path.join(place, name)
-            # The name begins with a dot, or that of a folder with a dot or @.
-            hidden = re.search(r"/(\.|@[^/]*/)", path[len(str(folder)) :])
-            is_read = name.lower().endswith(IMG_EXTENSIONS) and not hidden and real not in seen
+            path, is_image = os.path.join(place, name), name.lower().endswith(IMG_EXTENSIONS)
+            is_read = is_image and not is_hidden(path) and real not in seen
             (images if is_read else others).append(path)
         seen.add(real)
     return sorted(images), others

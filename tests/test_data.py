@@ -336,6 +336,10 @@ def test_folders_that_cannot_be_listed_are_errors(tmp_path, monkeypatch, capsys)
     for unlisted in ("train", "bee", "bee/session"):
         code, _, said = command(*call)
         assert code == 2 and f"/{unlisted}: Permission denied" in said
+    for unlisted in ("lost+found", ".Trashes"):  # of a drive, which only the root user may list
+        for place in (tmp_path, tmp_path / "train"):
+            (place / unlisted).mkdir()
+            assert command(*call)[0] == 0
 
 
 def test_an_index_that_numbers_the_classes_otherwise_than_train_is_refused(tmp_path, imagenet_tree):
