@@ -337,12 +337,13 @@ def fit_on_all(features, labels, penalty, prior, folds=5):
     for number in range(folds):
         out = fold == number
         classifier = fit_heads(features[:, ~out], labels[~out], penalty)
-        classifier = set_prior(classifier, labels[~out].bincount(), prior)
+        classifier = set_prior(classifier, labels[~out].bincount() / (~out).sum(), prior)
         logits[out] = classifier.logits(features[:, out])[0]
     temperature = best_temperature(logits[unseen], labels[unseen], prior)
     words = calibration_words(calibration(logits[unseen] / temperature, labels[unseen], prior))
     data.say(f"model.pth has a classifier of all {len(labels)} images; in cross-validation {words}")
-    classifier = set_prior(fit_heads(features, labels, penalty), labels.bincount(), prior)
+    classifier = fit_heads(features, labels, penalty)
+    classifier = set_prior(classifier, labels.bincount() / len(labels), prior)
     return classifier, temperature, f"all {len(labels)} images"
 
 
@@ -579,7 +580,7 @@ def calibration(logits, labels, prior):
     """Mean probability and accuracy with classes as frequent as in prior, and the standard error of
     their difference, in percent."""
     probability, predicted = logits.softmax(1).max(1)
-    right, weights = (predicted == labels).double(), image_weights(labels, prior)
+    right, weights = (predicted == labels).double(), image_weights(labels, prior).double()
     mean, accuracy = weights @ probability.double(), weights @ right
     error = (weights * (probability - right - mean + accuracy)).square().sum().sqrt()
     values = dict(mean_probability=mean, accuracy=accuracy, error=error)
@@ -667,7 +668,7 @@ def write_model(args, cfg, encoder, results, classifier, temperature, images):
     data.say(f"{path}: {model['about']}")
     if args.export:
         encoder.load_state_dict(model["model"])
-        export(args.export, encoder, cfg)
+        export(args.export, encoder, cfg, model["classes"])
 
 
 def table(results):
@@ -711,12 +712,12 @@ def worst_confusions(predicted, labels, names, count=3):
     ]
 
 
-def export(path, encoder, cfg):
+def export(path, encoder, cfg, names):
     """Write the weights under torchvision's names, and PATH.json with what else a user needs."""
     parts = encoder.shared, encoder.branches[0], nn.ModuleDict(dict(fc=encoder.heads[0]))
     state = {name: value.cpu() for part in parts for name, value in part.state_dict().items()}
     save(path, state)
-    card = dict(arch=cfg.arch, classes=cfg.classes, mean=cfg.mean, std=cfg.std)
+    card = dict(arch=cfg.arch, classes=names, mean=cfg.mean, std=cfg.std)
     if not data.in_memory(cfg.dataset):
         card |= dict(resize=data.shorter_side(cfg.view_size), crop=cfg.view_size)
     save(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
