@@ -319,23 +319,23 @@ def test_prior_is_set_both_ways_and_back():
 
 def test_temperature_of_a_classifier_of_all_images_is_of_images_it_has_not_seen():
     torch.manual_seed(0)
-    centres = torch.randn(6, 20)
+    centres = torch.randn(6, 60)
 
     def images(count, noise):
         labels = torch.arange(count) % 6
-        return (centres[labels] + noise * torch.randn(count, 20))[None], labels
+        return (centres[labels] + noise * torch.randn(count, 60))[None], labels
 
     # Stage 1 has seen the images of train, which are better separated than others.
-    (train_features, train_labels), (other, others) = images(60, 0.3), images(600, 2.5)
-    features = dict(train=train_features, val=other[:, :200], test=other[:, 200:])
-    labels = dict(train=train_labels, val=others[:200], test=others[200:])
+    (train_features, train_labels), (other, others) = images(60, 0.3), images(240, 4)
+    features = dict(train=train_features, val=other[:, :80], test=other[:, 80:])
+    labels = dict(train=train_labels, val=others[:80], test=others[80:])
     fitted, temperature, images_words = fit_on_all(features, labels, 1e-3, torch.ones(6))
-    new, new_labels = images(6000, 2.5)
+    new, new_labels = images(6000, 4)
     logits = fitted.logits(new)[0]
     gap = {t: calibration(logits / t, new_labels, torch.ones(6)) for t in (1.0, temperature)}
     gap = {t: one["mean_probability"] - one["accuracy"] for t, one in gap.items()}
     assert gap[1.0] > 15 and abs(gap[temperature]) < 5
-    assert images_words == "all 660 images"
+    assert images_words == "all 300 images"
 
 
 def test_classifiers_are_fitted_per_expert_and_apply_to_raw_features():
