@@ -115,6 +115,7 @@ def main():
             draw_activation(args.plots, results, encoder, classifier, logits, sets[reported], cfg)
             data.say(f"wrote accuracy.png and activation.png to {args.plots}")
 
+
 # ---------------------------------------------------------------------------------- loading the run
 
 
@@ -259,16 +260,15 @@ def fit_classifier(features, labels, penalties, chosen_on):
     """
     counts = labels["train"].bincount()
     if not chosen_on:
-        classifier = fit_heads(features["train"], labels["train"], penalties[0])
-        return classifier, dict(penalty=penalties[0], accuracy=None, error=None)
+        fitted = fit_heads(features["train"], labels["train"], penalties[0])
+        return fitted, dict(penalty=penalties[0], accuracy=None, error=None)
     fitted, choices, right = [], [], []
     for penalty in penalties:
         fitted.append(fit_heads(features["train"], labels["train"], penalty))
         balanced = set_prior(fitted[-1], counts, torch.ones(len(counts)))
-        top = balanced.logits(features[chosen_on])[0].argmax(1, keepdim=True)
-        right.append(top[:, 0] == labels[chosen_on])
-        measured = metrics(top, labels[chosen_on], counts)
-        accuracy, error = measured["all"], measured["standard_errors"]["all"]
+        predicted = balanced.logits(features[chosen_on])[0].argmax(1)
+        right.append(predicted == labels[chosen_on])
+        accuracy, error = class_mean(predicted, labels[chosen_on], len(counts))
         choices.append(dict(penalty=penalty, accuracy=accuracy, error=error))
         data.say(f"classifier, penalty {penalty:.3g}  val {with_error(accuracy, error)}")
     best = choose(torch.stack(right), labels[chosen_on])
@@ -341,7 +341,8 @@ def fit_on_all(features, labels, penalty, prior, folds=5):
         logits[out] = classifier.logits(features[:, out])[0]
     temperature = best_temperature(logits[unseen], labels[unseen], prior)
     words = calibration_words(calibration(logits[unseen] / temperature, labels[unseen], prior))
-    data.say(f"model.pth has a classifier of all {len(labels)} images; in cross-validation {words}")
+    data.say(f"model.pth has a classifier of all {len(labels)} images; its probabilities by "
+             f"cross-validation: {words}")
     classifier = fit_heads(features, labels, penalty)
     classifier = set_prior(classifier, labels.bincount() / len(labels), prior)
     return classifier, temperature, f"all {len(labels)} images"
@@ -355,7 +356,7 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
     classifier.pth.
     """
     rank, world, device = processes
-    path, counts = args.output / "classifier.pth", train_set.labels.bincount()
+    path, classes = args.output / "classifier.pth", len(encoder.heads[0].bias)
     sgd = dict(lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     optimizer = torch.optim.SGD(encoder.heads.parameters(), **sgd)
     epoch, best, saved = 0, None, resume_classifier(path, args, device)
@@ -385,7 +386,11 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
         if (step + 1) % per_epoch == 0:
             epoch = (step + 1) // per_epoch
             train.average_statistics(encoder)
-            accuracy, error = accuracy_on(val_set, encoder, counts, args, cfg, processes)
+            accuracy = error = None
+            if val_set:
+                features = split_features(encoder, val_set, args, cfg, processes)
+                predicted = Classifier.of(encoder.heads).logits(features)[0].argmax(1)
+                accuracy, error = class_mean(predicted, val_set.labels, classes)
             if best is None or val_set is None or accuracy > best["accuracy"]:
                 state = copy.deepcopy(encoder.state_dict())
                 best = dict(accuracy=accuracy, error=error, epoch=epoch, model=state)
@@ -428,16 +433,6 @@ def training_view(images, step, batches, args, cfg):
     seed = data.seed_from(args.seed, step, 1)  # not the stream that drew the classes
     draws = Draws(seed, args.batch_size, batches.rows, images.device)
     return data.query_views(images[0], draws, cfg)[0]
-
-
-def accuracy_on(dataset, encoder, train_counts, args, cfg, processes):
-    """The mean of class accuracies of the encoder's heads and its error, if there is a dataset."""
-    if not dataset:
-        return None, None
-    features = split_features(encoder, dataset, args, cfg, processes)
-    top = Classifier.of(encoder.heads).logits(features)[0].argmax(1, keepdim=True)
-    measured = metrics(top, dataset.labels, train_counts)
-    return measured["all"], measured["standard_errors"]["all"]
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -492,34 +487,48 @@ def metrics(top, labels, train_counts):
     """
     hits = top == labels[:, None]
     tested = labels.bincount(minlength=len(train_counts))
-    right = labels[hits[:, 0]].bincount(minlength=len(train_counts))
+    right = labels[hits[:, 0]].bincount(minlength=len(train_counts)).double()
     weights = shot_groups(train_counts) | dict(top1=tested, as_in_training=train_counts)
     weights["all"] = torch.ones_like(tested)
     means, errors = {}, {}
     for name, weight in weights.items():
         means[name], errors[name] = mean_and_error(right, tested, weight)
-    each = [mean_and_error(right, tested, one) for one in torch.eye(len(tested))]
-    means["per_class"], errors["per_class"] = map(list, zip(*each))
+    for values, of_class in ((means, 100 * right / tested), (errors, class_errors(right, tested))):
+        pairs = zip(of_class.tolist(), tested)
+        values["per_class"] = [value if count else None for value, count in pairs]
     top5 = 100 * hits.any(1).double().mean().item()
     return dict(top1=means.pop("top1"), top5=top5, **means, standard_errors=errors)
 
 
-def mean_and_error(right, tested, weights):
-    """The weighted mean of class accuracies and its standard error, in percent, or (None, None).
+def class_errors(right, tested):
+    """The standard error of the accuracy of each class in percent; right and tested are [classes].
 
-    right of the tested images of each class are classified correctly; right, tested and weights are
-    [classes]. The error is the root of sum w^2 p (1 - p) / n for weights of sum 1, where p counts
-    one right and one wrong image more (Agresti and Coull, 1998): by the observed p, a class of one
-    image, which is always 0 or 100 % right, would be free of error.
+    The square root of p (1 - p) / n, where p counts one right and one wrong image more (Agresti and
+    Coull, 1998): by the observed p, a class of one image, which is always 0 or 100 % right, would
+    be free of error.
+    """
+    p = (right + 1) / (tested + 2)
+    return 100 * (p * (1 - p) / tested).sqrt()
+
+
+def mean_and_error(right, tested, weights):
+    """The weighted mean in percent of class accuracies, and its standard error; or (None, None).
+
+    right, tested and weights are [classes]. Classes without tested images are left out.
     """
     present = tested > 0
-    right, tested = right[present].double(), tested[present]
-    weights = weights[present].double()
+    weights, accuracies = weights[present].double(), 100 * right[present].double() / tested[present]
     if not weights.sum():
         return None, None
-    weights, p = weights / weights.sum(), (right + 1) / (tested + 2)
-    mean, variance = weights @ (right / tested), weights.square() @ (p * (1 - p) / tested)
-    return round(100 * mean.item(), 6), round(100 * variance.sqrt().item(), 6)
+    weights = weights / weights.sum()
+    error = (weights * class_errors(right[present], tested[present])).norm()
+    return round((weights @ accuracies).item(), 6), round(error.item(), 6)
+
+
+def class_mean(predicted, labels, classes):
+    """The mean of the class accuracies of predicted [N], labels [N], and its standard error."""
+    right = labels[predicted == labels].bincount(minlength=classes)
+    return mean_and_error(right, labels.bincount(minlength=classes), torch.ones(classes))
 
 
 def with_error(accuracy, error=None):
@@ -577,8 +586,10 @@ def best_temperature(logits, labels, prior):
 
 
 def calibration(logits, labels, prior):
-    """Mean probability and accuracy with classes as frequent as in prior, and the standard error of
-    their difference, in percent."""
+    """Mean probability, accuracy and the standard error of their difference, in percent.
+
+    Images are weighted so that classes are as frequent as `prior` says.
+    """
     probability, predicted = logits.softmax(1).max(1)
     right, weights = (predicted == labels).double(), image_weights(labels, prior).double()
     mean, accuracy = weights @ probability.double(), weights @ right
@@ -590,7 +601,7 @@ def calibration(logits, labels, prior):
 def calibration_words(values):
     """What calibration() returned, as text."""
     probability, accuracy, error = values.values()
-    return (f"mean probability {probability:.1f} %, accuracy {accuracy:.1f} % "
+    return (f"mean {probability:.1f} %, where {accuracy:.1f} % are right "
             f"(difference {probability - accuracy:+.1f} ± {error:.1f})")
 
 
@@ -610,10 +621,9 @@ def write_results(args, results, dataset, logits):
     path, names = args.output / "results.json", results["classes"]
     probabilities, predicted = (logits[0] / results["temperature"]).softmax(1).max(1)
     save(path, json.dumps(results, indent=1) + "\n")
-    lines = []
+    lines, in_memory = [], data.in_memory(args.stage1["dataset"])
     for index, label in enumerate(dataset.labels.tolist()):
-        on_disk = not data.in_memory(args.stage1["dataset"])
-        image = dict(path=str(dataset.path(index))) if on_disk else dict(index=index)
+        image = dict(index=index) if in_memory else dict(path=str(dataset.path(index)))
         image |= {"class": names[label], "predicted": names[predicted[index]]}
         lines.append(json.dumps(image | dict(probability=round(probabilities[index].item(), 6))))
     save(args.output / "predictions.jsonl", "\n".join(lines) + "\n")
@@ -624,11 +634,12 @@ def write_results(args, results, dataset, logits):
         print("each expert alone: " + ", ".join(with_error(*pair) for pair in pairs))
     for line in worst_confusions(predicted, dataset.labels, names):
         print(line)
-    print(f"probabilities: {calibration_words(results['calibration'])}")
+    chosen = f"temperature {results['temperature']:.2f}, chosen on val"
+    chosen = chosen if results["chosen_on"] else "not calibrated"
+    print(f"probabilities: {calibration_words(results['calibration'])}; {chosen}")
     before, after = results["calibration_error"].values()
     if after is not None:
-        print(f"expected calibration error {after:.1f} %, before {before:.1f} %; temperature "
-              f"{results['temperature']:.2f}, chosen on val")
+        print(f"expected calibration error {after:.1f} %, before {before:.1f} %")
     words = classifier_words(results)
     if results["chosen_on"]:
         on_val = with_error(results["val"], results["val_standard_error"])
