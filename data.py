@@ -820,9 +820,9 @@ def hold_out(paths, labels, missing):
 
 # -------------------------------------------------------------------------------------- batches
 
-# Streams of random numbers in a step, beside the one that draws the images of the batch: of shuffle
-# BN in stage 1 and of the views in stage 2; of the query views and patches; of the key views.
-SHUFFLE, QUERY, KEY = 1, 2, 3
+# Streams of random numbers in a step, beside the one that draws its images.
+SHUFFLE, QUERY, KEY = 1, 2, 3  # stage 1: shuffle BN; query views and patches; key views
+CLASSIFIER = 1  # stage 2: views
 
 
 def seed_from(*numbers):

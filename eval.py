@@ -7,11 +7,12 @@
     python eval.py --output RUN --plots plots                      # accuracy by class, activation
     python eval.py --summary runs/*                                # mean and std over seeds
 
-The classifier is chosen on val and reported on test, by many-, medium- and few-shot classes.
-Without a test split nothing is chosen and val is reported. It writes OUTPUT/results.json;
-OUTPUT/model.pth, the only file that --predict needs; and OUTPUT/classifier.pth, from which the same
-command continues after an interruption. To see how good the features are while stage 1 still
-trains, use --checkpoint RUN/checkpoint.pth --output ANOTHER --classifier adjusted.
+The classifier is chosen on val and reported on test, by many-, medium- and few-shot classes, with
+standard errors. Without a test split nothing is chosen and val is reported. It writes
+OUTPUT/results.json; OUTPUT/predictions.jsonl, a line for each reported image; OUTPUT/model.pth, the
+only file that --predict needs; and OUTPUT/classifier.pth, from which the same command continues
+after an interruption. To see how good the features are while stage 1 still trains, use
+--checkpoint RUN/checkpoint.pth --output ANOTHER --classifier adjusted.
 """
 
 import argparse
@@ -22,8 +23,9 @@ import os
 import statistics
 import sys
 import time
-from functools import cache
+from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import data  # before torch, whose precision it settles
 import torch
@@ -45,149 +47,248 @@ RESULT = "the classifier of DSCL + PBSD"
 
 
 def main():
-    args, saved = parse_args()
+    args, cfg, saved = parse_args()  # cfg: the arguments of train.py
     if args.summary:
         return print(summary(args.summary))
     if args.predict:
-        return predict(args, saved)
-    stage1 = argparse.Namespace(**saved["args"])  # the arguments of train.py
+        return predict(args, cfg, saved)
+
+    # Load the run: its images, what earlier commands wrote to --output, and stage 1's encoder.
     rank, _, device = processes = train.start(args)
-    args.stage1 = saved["args"] | dict(step=saved["step"])
-    sets = data.load_dataset(stage1.dataset, args.data_root, args.index_dir, args.imbalance)
-    train_set = sets["train"]
-    counts, names = train_set.labels.bincount(), train_set.names
-    if names != stage1.classes:
-        differ = sorted(set(names) ^ set(stage1.classes)) or ["another order"]
+    sets = load_sets(args, cfg)
+    labels = {split: dataset.labels for split, dataset in sets.items()}
+    counts, keep_heads = labels["train"].bincount(), args.classifier == "stage1"  # --epochs 0
+    if args.classifier == "balanced":
+        train.lower_batch_size(args, len(sets["train"]))
+    args.stage1 = vars(cfg) | dict(weights=hash_of(saved["encoder"]))
+    args.images = {split: dataset.fingerprint() for split, dataset in sets.items()}
+    prepare_output(args)
+    encoder = load_encoder(cfg, saved.pop("encoder"), len(counts), args.seed, device, keep_heads)
+
+    # Fit the classifier, and choose it on val if there is a test set to report on.
+    reported = "test" if "test" in sets else "val"
+    chosen_on = "val" if reported == "test" and "val" in sets and not keep_heads else None
+    choice = dict(accuracy=None, error=None)
+    if args.classifier == "balanced":
+        choice = train_classifier(encoder, sets["train"], sets.get(chosen_on), args, cfg, processes)
+    classifier = Classifier.of(encoder.heads)
+    # The features come after `balanced`, which may change the statistics of BatchNorm.
+    used = sets if args.classifier == "adjusted" else {reported, chosen_on}
+    features = {split: split_features(encoder, dataset, args, cfg, processes)
+                for split, dataset in sets.items() if split in used}
+    if args.classifier == "adjusted":
+        penalties = penalties_to_try(args.penalty, len(sets["train"]))
+        classifier, choice = fit_classifier(features, labels, penalties, chosen_on)
+
+    # Set the prior. Images as they come teach that classes are as frequent as in training.
+    training = counts.double() / counts.sum()
+    priors = dict(training=training, balanced=torch.ones_like(training))
+    as_they_come = args.classifier == "adjusted" or (keep_heads and cfg.loss == "ce")
+    fitted_for, prior = priors["training" if as_they_come else "balanced"], priors[args.prior]
+    classifier = set_prior(classifier, fitted_for, prior)
+
+    # Calibrate on val.
+    temperature = None
+    if chosen_on:
+        on_val = classifier.logits(features[chosen_on])[0]
+        temperature = best_temperature(on_val, labels[chosen_on], prior)
+
+    # Evaluate the test set once.
+    logits = classifier.logits(features[reported])
+    results = evaluate(logits, labels[reported], counts, prior, temperature)
+    results |= dict(
+        classes=cfg.classes, reported_on=reported, chosen_on=chosen_on, val=choice["accuracy"],
+        val_standard_error=choice["error"], classifier=args.classifier, epoch=choice.get("epoch"),
+        penalty=choice.get("penalty"), prior=args.prior, fit_on=args.fit_on,
+        arguments=to_json(args),
+    )
+
+    # Write. With --fit-on all, model.pth gets another classifier than the one that was measured.
+    final = classifier, temperature, f"{len(sets['train'])} training images"
+    if args.fit_on == "all":
+        final = fit_on_all(features, labels, choice["penalty"], prior)
+    if rank == 0:
+        write_results(args, results, sets[reported], logits)
+        write_model(args, cfg, encoder, results, *final)
+        if args.plots:
+            draw_accuracy(args.plots, results)
+            draw_activation(args.plots, results, encoder, classifier, logits, sets[reported], cfg)
+            data.say(f"wrote accuracy.png and activation.png to {args.plots}")
+
+
+# ---------------------------------------------------------------------------------- loading the run
+
+
+def load_sets(args, cfg):
+    """The splits of the data set; says what differs from stage 1, or raises BadInput.
+
+    Other classes are refused, and other training images if those held out now may be among the old.
+    """
+    if cfg.step < steps_of(cfg):
+        data.say(f"stage 1 is unfinished: {args.checkpoint} has step {cfg.step} of {steps_of(cfg)}")
+    sets = data.load_dataset(cfg.dataset, args.data_root, args.index_dir, args.imbalance)
+    names, images = sets["train"].names, sets["train"].fingerprint()
+    if names != cfg.classes:
         raise BadInput(f"{args.checkpoint}: the classes are not those of training "
-                       f"({', '.join(differ[:3])}): rename their folders back, or train again")
-    if train_set.fingerprint() != stage1.training_images:
-        says = (f"{args.checkpoint} was trained on {stage1.training_images}, these are "
-                f"{train_set.fingerprint()}")
-        if train_set.origin in [part.origin for split, part in sets.items() if split != "train"]:
+                       f"({train.difference(cfg.classes, names)}): rename their folders back, or "
+                       "train again")
+    if images != cfg.training_images:
+        says = f"{args.checkpoint} was trained on {cfg.training_images}, these are {images}"
+        if sets["train"].origin in [sets[split].origin for split in sets if split != "train"]:
             raise BadInput(f"{says}: some images held out now could have been used for training; "
                            f"{train.OTHER_IMAGES}")
         data.say(f"{says}: the classifier is fitted on these, with the features of that training")
-    if args.classifier == "balanced":
-        train.lower_batch_size(args, len(train_set))
-    state, of_stage1 = saved.pop("encoder"), args.classifier == "stage1"  # --epochs 0
-    encoder = classifier_of(stage1, state, len(counts), args.seed, device, keep_heads=of_stage1)
+    return sets
+
+
+def steps_of(cfg):
+    """The steps of the whole of stage 1."""
+    count = int(cfg.training_images.split()[0])  # "2478 images, hash ..."
+    return cfg.epochs * (count // cfg.batch_size)
+
+
+def hash_of(state):
+    """A hash of the names and values of a state dict."""
+    digest = sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def prepare_output(args):
+    """Create the directories; BadInput if they hold the results of other arguments.
+
+    Results of the same arguments but other weights of stage 1, which may have gone on or been
+    trained again, are replaced, and this is said.
+    """
     for directory in filter(None, (args.output, args.plots, args.export and args.export.parent)):
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):
             raise BadInput(f"{directory} cannot be written")
-
-    # The classifier is chosen on val if there is a test set to report on, else val is reported.
-    reported = "test" if "test" in sets else "val"
-    val_set = sets.get("val") if reported == "test" and not of_stage1 else None
-    chosen, path = dict(accuracy=None), args.output / "results.json"
+    results, model, earlier = args.output / "results.json", args.output / "model.pth", {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no results so far
-        earlier = json.loads(path.read_text())["arguments"]
-        earlier["stage1"]["step"] = saved["step"]  # results of fewer steps may be replaced
-        train.refuse_differences(path, earlier, args)
-    # Each split is read once; the first call comes after `balanced`, which may change BatchNorm.
-    features = cache(lambda part: split_features(encoder, part, args, stage1, processes))
-    if args.classifier == "balanced":
-        chosen = train_classifier(encoder, train_set, val_set, args, stage1, processes)
-    if args.classifier == "adjusted":
-        chosen = fit_classifier(encoder.heads, features, train_set, val_set, args.penalty)
-    # Only plain cross-entropy answers for classes as frequent as in training.
-    answers_for = "training" if of_stage1 and stage1.loss == "ce" else "balanced"
-    sign = (args.prior == "training") - (answers_for == "training")
-    shift = sign * (counts / counts.sum()).log()
-    prior = counts.double() if args.prior == "training" else torch.ones(len(counts))
-    adapt(encoder.heads, shift)
-    temperature = 1.0
-    if val_set:
-        logits = logits_of(encoder.heads, features(val_set))[0]
-        temperature = best_temperature(logits, val_set.labels, prior)
+        earlier[results] = json.loads(results.read_text())["arguments"]
+    if model.exists():
+        earlier[model] = load(model, RESULT, "eval.py")["args"]
+    for path, arguments in earlier.items():
+        train.refuse_differences(path, arguments, args)
+        if arguments["stage1"].get("weights") != args.stage1["weights"]:
+            data.say(f"{path} is of other weights of stage 1 and will be replaced")
 
-    # The test set is evaluated once, with the classifier that val chose.
-    labels = sets[reported].labels
-    logits = logits_of(encoder.heads, features(sets[reported]))
-    top = logits.topk(min(5, len(counts))).indices
-    results, *experts = (metrics(of_expert, labels, counts) for of_expert in top)
-    before, after = (calibration_error(logits[0] / t, labels, prior) for t in (1, temperature))
-    results |= dict(
-        classes=names, counts=counts.tolist(),
-        reported_counts=labels.bincount(minlength=len(counts)).tolist(),
-        reported_on=reported, chosen_on="val" if val_set else None, val=chosen["accuracy"],
-        classifier=args.classifier, epoch=chosen.get("epoch"), penalty=chosen.get("penalty"),
-        prior=args.prior, temperature=temperature, fit_on=args.fit_on,
-        calibration_error=dict(before=before, after=after if val_set else None),
-        experts=experts if len(experts) > 1 else None, arguments=to_json(args),
-    )
-    if rank == 0:
-        save(path, json.dumps(results, indent=1) + "\n")
-    if args.fit_on == "all":  # for predictions; the accuracies above are of the classifier before
-        everything = torch.cat([features(part) for part in sets.values()], dim=1)
-        of_all = torch.cat([part.labels for part in sets.values()])
-        fit_heads(encoder.heads, everything, of_all, chosen["penalty"])
-        adapt(encoder.heads, shift)
-        data.say(f"model.pth has a classifier of all {len(of_all)} images")
-    adapt(encoder.heads, 0, temperature)
-    if rank > 0:
-        return
-    model = dict(stage=RESULT, args=to_json(args), classes=names, model=encoder.state_dict())
-    save(args.output / "model.pth", model)
-    print(table(results, counts))
-    if len(experts) > 1:
-        print("each expert alone: " + ", ".join(f"{expert['all']:.2f}" for expert in experts))
-    for line in worst_confusions(top[0, :, 0], labels, names):
-        print(line)
-    what = "classifier of stage 1" if of_stage1 else f"classifier {args.classifier}"
-    for name in ("epoch", "penalty"):  # what was chosen
-        what += f", {name} {chosen[name]}" if name in chosen else ""
-    if val_set:
-        what += f", chosen on val ({chosen['accuracy']:.2f})"
-        print(f"probabilities: expected calibration error {after:.1f} %, before {before:.1f} %; "
-              f"temperature {temperature:.2f}, chosen on val")
-    data.say(f"on {reported}; {what}; {path}")
-    if args.plots:
-        draw_accuracy(args.plots, results, names)
-        draw_activation(args.plots, encoder, sets[reported], counts, stage1, names, device)
-    if args.export:
-        export(args.export, encoder, stage1, names)
+
+def load_encoder(cfg, state, classes, seed, device, keep_heads):
+    """Stage 1's frozen encoder, with linear classifiers as heads: new ones, or stage 1's."""
+    torch.manual_seed(seed)
+    encoder = Encoder(cfg.arch, cfg.experts, classes).requires_grad_(False)
+    for head in encoder.heads.requires_grad_(True):
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+    if not keep_heads:
+        state = {name: value for name, value in state.items() if not name.startswith("heads.")}
+    encoder.load_state_dict(encoder.state_dict() | state)
+    return encoder.to(device, memory_format=torch.channels_last)
 
 
 # -------------------------------------------------------------------------------------- classifiers
 
 
-def fit_classifier(heads, features, train_set, val_set, penalties):
-    """Fit the heads with the best of the penalties, or with the first of them without a val_set.
+class Classifier(NamedTuple):
+    """A linear classifier for each of E experts: weight [E, classes, C] and bias [E, classes]."""
 
-    features(split) are those of its images [E, N, C]. The best is by class mean on val_set. Returns
-    {"accuracy" on val_set, "penalty"}. Every rank solves the same problem on all features, 1 GB for
-    ImageNet-LT and a ResNet-50.
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def of(cls, heads):
+        """A copy of the linear heads of an encoder."""
+        weights, biases = zip(*((head.weight.detach(), head.bias.detach()) for head in heads))
+        return cls(torch.stack(weights), torch.stack(biases))
+
+    def copy_to(self, heads):
+        for head, weight, bias in zip(heads, self.weight, self.bias):
+            head.weight.data, head.bias.data = weight.clone(), bias.clone()
+
+    def logits(self, features):
+        """Logits [1 + E, N, classes] of features [E, N, C]: the mean of the experts, then each."""
+        of_experts = torch.stack([F.linear(*one) for one in zip(features, self.weight, self.bias)])
+        return torch.cat([of_experts.mean(0, keepdim=True), of_experts]).cpu()
+
+
+def set_prior(classifier, fitted_for, wanted):
+    """The classifier for classes as frequent as `wanted` instead of `fitted_for`, both [classes].
+
+    The logits change by the logarithm of the quotient: logit adjustment (Menon et al., 2021,
+    section 4).
     """
-    labels, best = train_set.labels, None
-    for penalty in penalties if val_set else penalties[:1]:
-        fit_heads(heads, features(train_set), labels, penalty)
-        accuracy = None
-        if val_set:
-            top = logits_of(heads, features(val_set))[0].argmax(1, keepdim=True)
-            accuracy = metrics(top, val_set.labels, labels.bincount())["all"]
-            data.say(f"classifier, penalty {penalty:g}  val {accuracy:.2f}")
-        if not best or accuracy > best["accuracy"]:
-            best = dict(accuracy=accuracy, penalty=penalty, heads=copy.deepcopy(heads.state_dict()))
-    heads.load_state_dict(best.pop("heads"))
-    return best
+    shift = wanted.log() - fitted_for.log()
+    return classifier._replace(bias=classifier.bias + shift.to(classifier.bias))
 
 
-def fit_heads(heads, features, labels, penalty):
-    """Fit each head by logistic regression on its features [N, C], and take the class prior off.
+def penalties_to_try(given, images):
+    """The values for --penalty: the first counts unless val knows better (choose).
 
-    Then it answers as if all classes were equally frequent: logit adjustment (Menon et al., 2021,
-    section 4). The features are standardised, and weight and bias converted so that they apply to
-    the original features.
+    0 stands for 10 / images, the same |W|^2 against the sum of all cross-entropies on every data
+    set; alone, it stands for a third, three times, a tenth and ten times as much as well.
     """
-    labels = labels.to(features.device)
-    counts = labels.bincount()
-    for head, of_expert in zip(heads, features):
+    default = 10 / images
+    if given == [0]:
+        return [factor * default for factor in (1, 1 / 3, 3, 1 / 10, 10)]
+    return [penalty or default for penalty in given]
+
+
+def choose(right, labels):
+    """The index of the classifier to take: 0 unless another is better by over one standard error.
+
+    right [classifiers, N] tells which of N images each classifies correctly, labels [N] are their
+    classes. What counts is the difference of class means on the same images; as in McNemar's test,
+    its standard error is that of no difference: the root of the summed squares of what each image
+    contributes.
+    """
+    weights = image_weights(labels, torch.ones(int(labels.max()) + 1))
+    differences = weights * (right.double() - right[0].double())
+    gains = differences.sum(1).clamp(min=0)
+    gains[gains.square() <= differences.square().sum(1)] = 0
+    return int(gains.argmax())  # the first of equals
+
+
+def fit_classifier(features, labels, penalties, chosen_on):
+    """Fit a classifier on train, for classes as frequent as there, with the penalty to choose.
+
+    features {split: [E, N, C]}, labels {split: [N]}. Without a split to choose on it is the first.
+    Returns it and {"penalty", "accuracy" and its standard "error" on the split}. Every rank solves
+    the same problem on all features, 1 GB for ImageNet-LT and a ResNet-50.
+    """
+    counts = labels["train"].bincount()
+    if not chosen_on:
+        fitted = fit_heads(features["train"], labels["train"], penalties[0])
+        return fitted, dict(penalty=penalties[0], accuracy=None, error=None)
+    fitted, choices, right = [], [], []
+    for penalty in penalties:
+        fitted.append(fit_heads(features["train"], labels["train"], penalty))
+        balanced = set_prior(fitted[-1], counts, torch.ones(len(counts)))
+        predicted = balanced.logits(features[chosen_on])[0].argmax(1)
+        right.append(predicted == labels[chosen_on])
+        accuracy, error = class_mean(predicted, labels[chosen_on], len(counts))
+        choices.append(dict(penalty=penalty, accuracy=accuracy, error=error))
+        data.say(f"classifier, penalty {penalty:.3g}  val {with_error(accuracy, error)}")
+    best = choose(torch.stack(right), labels[chosen_on])
+    return fitted[best], choices[best]
+
+
+def fit_heads(features, labels, penalty):
+    """The classifier of features [E, N, C] by logistic regression for each expert.
+
+    It expects classes as frequent as in labels [N]. The features are standardised, and weight and
+    bias converted so that they apply to the original features.
+    """
+    weights, biases = [], []
+    for of_expert in features:
         std, mean = torch.std_mean(of_expert, 0)
         std = std.clamp(min=1e-6)  # a feature that is always 0 keeps weight 0
-        weight, bias = regression((of_expert - mean) / std, labels, penalty)
-        head.weight.data = weight / std
-        head.bias.data = bias - (counts / counts.sum()).log() - head.weight.data @ mean
+        weight, bias = regression((of_expert - mean) / std, labels.to(of_expert.device), penalty)
+        weights.append(weight / std)
+        biases.append(bias - weights[-1] @ mean)
+    return Classifier(torch.stack(weights), torch.stack(biases))
 
 
 def regression(features, labels, penalty):
@@ -219,24 +320,46 @@ def regression(features, labels, penalty):
     return weight.detach(), bias.detach()
 
 
-def adapt(heads, shift, temperature=1.0):
-    """Make the heads answer with (logits + shift) / temperature; shift is a number or [classes]."""
-    for head in heads:
-        head.bias.data.add_(torch.as_tensor(shift, device=head.bias.device)).div_(temperature)
-        head.weight.data.div_(temperature)
+def fit_on_all(features, labels, penalty, prior, folds=5):
+    """A classifier of the images of all splits for this prior: (classifier, temperature, words).
+
+    The temperature is chosen by cross-validation on the images that stage 1 has not seen: each fold
+    of them is predicted by a classifier of all other images, those of train included.
+    """
+    splits = ["train", *(split for split in features if split != "train")]
+    features = torch.cat([features[split] for split in splits], dim=1)
+    unseen = torch.arange(features.shape[1]) >= len(labels["train"])
+    labels = torch.cat([labels[split] for split in splits])
+    order = labels[unseen].argsort(stable=True)  # each class is spread over the folds
+    fold = torch.full_like(labels, folds)
+    fold[unseen.nonzero()[order, 0]] = torch.arange(len(order)) % folds
+    logits = torch.empty(len(labels), len(prior))
+    for number in range(folds):
+        out = fold == number
+        classifier = fit_heads(features[:, ~out], labels[~out], penalty)
+        classifier = set_prior(classifier, labels[~out].bincount() / (~out).sum(), prior)
+        logits[out] = classifier.logits(features[:, out])[0]
+    temperature = best_temperature(logits[unseen], labels[unseen], prior)
+    words = calibration_words(calibration(logits[unseen] / temperature, labels[unseen], prior))
+    data.say(f"model.pth has a classifier of all {len(labels)} images; its probabilities by "
+             f"cross-validation: {words}")
+    classifier = fit_heads(features, labels, penalty)
+    classifier = set_prior(classifier, labels.bincount() / len(labels), prior)
+    return classifier, temperature, f"all {len(labels)} images"
 
 
-def train_classifier(encoder, train_set, val_set, args, stage1, processes):
+def train_classifier(encoder, train_set, val_set, args, cfg, processes):
     """Train the heads by SGD with class-balanced sampling, as the paper does.
 
     The encoder ends with the weights of the best epoch on val_set or, without one, of the last.
-    Returns {"accuracy" on val_set, "epoch"}. Continues from classifier.pth.
+    Returns {"epoch", "accuracy" and its standard "error" on val_set}. Continues from
+    classifier.pth.
     """
     rank, world, device = processes
-    path, counts = args.output / "classifier.pth", train_set.labels.bincount()
+    path, classes = args.output / "classifier.pth", len(encoder.heads[0].bias)
     sgd = dict(lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     optimizer = torch.optim.SGD(encoder.heads.parameters(), **sgd)
-    epoch, best, saved = 0, None, resume(path, STAGE, args, device)
+    epoch, best, saved = 0, None, resume_classifier(path, args, device)
     if saved:
         encoder.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -244,7 +367,7 @@ def train_classifier(encoder, train_set, val_set, args, stage1, processes):
     per_epoch = len(train_set) // args.batch_size
     ranks = dict(seed=args.seed, start=epoch * per_epoch, rank=rank, world=world)
     batches = Batches(train_set.labels, args.batch_size, args.epochs, balanced=True, **ranks)
-    crops = BatchDataset(train_set, stage1, int(args.augment))
+    crops = BatchDataset(train_set, cfg, int(args.augment))
     loader = load_batches(crops, batches, args.workers, device)
     heads = DistributedDataParallel(encoder.heads) if dist.is_initialized() else encoder.heads
     progress, began = Progress(len(batches.steps)), time.monotonic()
@@ -253,53 +376,66 @@ def train_classifier(encoder, train_set, val_set, args, stage1, processes):
         passed = sum(step >= milestone * args.epochs * per_epoch for milestone in args.milestones)
         optimizer.param_groups[0]["lr"] = args.lr * 0.1**passed
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if args.augment:
-            seed = data.seed_from(args.seed, step, 1)  # not the stream that drew the classes
-            draws = Draws(seed, args.batch_size, batches.positions, device)
-            view, _, _ = data.query_views(images[0], draws, stage1)
-        else:
-            view = evaluation_view(images, stage1)
+        view = training_view(images, step, batches, args, cfg)
         # Sum over experts, so that each classifier is trained as if it were alone.
         logits = heads(features_of(encoder, view, args.amp))
         loss = sum(F.cross_entropy(of_expert, labels) for of_expert in logits)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % per_epoch:
-            continue
-
-        epoch = (step + 1) // per_epoch
-        train.average_statistics(encoder)
-        accuracy = None
-        if val_set:
-            held_out = split_features(encoder, val_set, args, stage1, processes)
-            top = logits_of(encoder.heads, held_out)[0].argmax(1, keepdim=True)
-            accuracy = metrics(top, val_set.labels, counts)["all"]
-        if best is None or val_set is None or accuracy > best["accuracy"]:
-            best = dict(accuracy=accuracy, epoch=epoch, model=copy.deepcopy(encoder.state_dict()))
-        if rank == 0:
+        if (step + 1) % per_epoch == 0:
+            epoch = (step + 1) // per_epoch
+            train.average_statistics(encoder)
+            accuracy = error = None
+            if val_set:
+                features = split_features(encoder, val_set, args, cfg, processes)
+                predicted = Classifier.of(encoder.heads).logits(features)[0].argmax(1)
+                accuracy, error = class_mean(predicted, val_set.labels, classes)
+            if best is None or val_set is None or accuracy > best["accuracy"]:
+                state = copy.deepcopy(encoder.state_dict())
+                best = dict(accuracy=accuracy, error=error, epoch=epoch, model=state)
             state = dict(model=encoder.state_dict(), optimizer=optimizer.state_dict())
-            save(path, dict(stage=STAGE, args=to_json(args), epoch=epoch, best=best, **state))
+            if rank == 0:
+                save(path, dict(stage=STAGE, args=to_json(args), epoch=epoch, best=best, **state))
             done = step + 1 - batches.steps.start
             rate = done * args.batch_size / (time.monotonic() - began)
             text = f"classifier, epoch {epoch}/{args.epochs}  loss {loss.item() / len(logits):.3f}"
-            text += f"  val {accuracy:.2f}" if val_set else ""
+            text += f"  val {with_error(accuracy, error)}" if val_set else ""
             progress.show(done, f"{text}  {rate:.0f} images/s")
     encoder.load_state_dict(best.pop("model"))
     return best
 
 
-def classifier_of(stage1, state, classes, seed, device, keep_heads):
-    """Stage 1's frozen encoder, with linear classifiers as heads: new ones, or stage 1's."""
-    torch.manual_seed(seed)
-    encoder = Encoder(stage1.arch, stage1.experts, classes).requires_grad_(False)
-    for head in encoder.heads.requires_grad_(True):
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
-    if not keep_heads:
-        state = {name: value for name, value in state.items() if not name.startswith("heads.")}
-    encoder.load_state_dict(encoder.state_dict() | state)
-    return encoder.to(device, memory_format=torch.channels_last)
+def resume_classifier(path, args, device):
+    """The content of classifier.pth, or None if its classifier must be begun anew.
+
+    It belongs to stage 1's weights and to the images of train and val. Other arguments are refused.
+    """
+    saved = resume(path, STAGE, args, device)
+    if not saved:
+        return None
+
+    before, now = saved["args"], vars(args)
+    same = before["stage1"].get("weights") == now["stage1"]["weights"]
+    others = [] if same else ["weights of stage 1"]
+    for split in ("train", "val"):
+        if (before.get("images") or {}).get(split) != now["images"].get(split):
+            others.append(f"{split} images")
+    if others:
+        data.say(f"{path} belongs to other {' and other '.join(others)}: begun anew")
+    return None if others else saved
+
+
+def training_view(images, step, batches, args, cfg):
+    """A batch uint8 [1, B, C, H, W] as the classifier is trained on it: [B, 3, H, W]."""
+    if not args.augment:
+        return evaluation_view(images, cfg)
+    seed = data.seed_from(args.seed, step, data.CLASSIFIER)
+    draws = Draws(seed, args.batch_size, batches.positions, images.device)
+    return data.query_views(images[0], draws, cfg)[0]
+
+
+# ----------------------------------------------------------------------------------------- features
 
 
 @torch.no_grad()
@@ -314,56 +450,113 @@ def evaluation_view(images, cfg):
     return data.normalize(images[0].float() / 255, cfg)
 
 
-def evaluation_loader(dataset, args, stage1, processes, kind=BatchDataset):
+def evaluation_loader(dataset, args, cfg, processes, kind=BatchDataset):
     """A loader of this process's part of a split: process i % world loads image i."""
     rank, world, device = processes
-    rows = list(range(rank, len(dataset), world))
-    batches = [(rows[first : first + 128], None) for first in range(0, len(rows), 128)]
-    return load_batches(kind(dataset, stage1, crops=0), batches, args.workers, device)
+    indices = list(range(rank, len(dataset), world))
+    batches = [(indices[start : start + 128], None) for start in range(0, len(indices), 128)]
+    return load_batches(kind(dataset, cfg, crops=0), batches, args.workers, device)
 
 
 @torch.no_grad()
-def split_features(encoder, dataset, args, stage1, processes):
+def split_features(encoder, dataset, args, cfg, processes):
     """The features of all images of a split, in order, on all processes: [E, N, C]."""
     _, world, device = processes
     encoder.eval()
     # A process may have no image of a small split.
-    parts = [torch.zeros(len(encoder.heads), 0, encoder.heads[0].in_features, device=device)]
-    for images, _ in evaluation_loader(dataset, args, stage1, processes):
-        view = evaluation_view(images.to(device, non_blocking=True), stage1)
-        parts.append(features_of(encoder, view, args.amp))
-    rows = torch.cat(parts, dim=1)
+    batches = [torch.zeros(len(encoder.heads), 0, encoder.heads[0].in_features, device=device)]
+    for images, _ in evaluation_loader(dataset, args, cfg, processes):
+        view = evaluation_view(images.to(device, non_blocking=True), cfg)
+        batches.append(features_of(encoder, view, args.amp))
+    own = torch.cat(batches, dim=1)
     size = -(-len(dataset) // world)  # some processes have one image less
-    rows = gather(F.pad(rows, (0, 0, 0, size - rows.shape[1]))[None])  # [world, E, size, C]
-    return rows.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(dataset)]
-
-
-@torch.no_grad()
-def logits_of(heads, features):
-    """Logits [1 + E, N, classes] of features [E, N, C]: the mean of the experts, then each."""
-    of_experts = heads(features).cpu()
-    return torch.cat([of_experts.mean(0, keepdim=True), of_experts])
+    every = gather(F.pad(own, (0, 0, 0, size - own.shape[1]))[None])  # [world, E, size, C]
+    return every.permute(1, 2, 0, 3).flatten(1, 2)[:, : len(dataset)]
 
 
 # ------------------------------------------------------------------------------------------ metrics
 
 
 def metrics(top, labels, train_counts):
-    """Accuracies in percent: top1 and top5 over images; many, medium, few and all over classes.
+    """Accuracies in percent, each but top5 a weighted mean of those of the classes.
 
     top [N, 5] are the first classes of each image, labels [N] the true ones, train_counts [classes]
-    the training images of each class. A class without images is None and left out of the means over
-    classes; a group without images is None.
+    the training images of each class. many, medium, few and all weigh classes equally, top1 by
+    their images here, as_in_training by those of training. A class without images here is None and
+    left out; a mean without classes is None. "standard_errors" has the same names, but for top5.
     """
     hits = top == labels[:, None]
-    counts = labels.bincount(minlength=len(train_counts))
-    per_class = 100 * labels[hits[:, 0]].bincount(minlength=len(train_counts)).double() / counts
-    groups = shot_groups(train_counts) | {"all": counts > 0}
-    groups = {name: per_class[mask & (counts > 0)] for name, mask in groups.items()}
-    means = {n: round(part.mean().item(), 6) if len(part) else None for n, part in groups.items()}
-    top1, top5 = (100 * of.double().mean().item() for of in (hits[:, 0], hits.any(1)))
-    per_class = [value if count else None for value, count in zip(per_class.tolist(), counts)]
-    return dict(top1=top1, top5=top5, **means, per_class=per_class)
+    tested = labels.bincount(minlength=len(train_counts))
+    right = labels[hits[:, 0]].bincount(minlength=len(train_counts)).double()
+    weights = shot_groups(train_counts) | dict(top1=tested, as_in_training=train_counts)
+    weights["all"] = torch.ones_like(tested)
+    means, errors = {}, {}
+    for name, weight in weights.items():
+        means[name], errors[name] = mean_and_error(right, tested, weight)
+    for values, of_class in ((means, 100 * right / tested), (errors, class_errors(right, tested))):
+        pairs = zip(of_class.tolist(), tested)
+        values["per_class"] = [value if count else None for value, count in pairs]
+    top5 = 100 * hits.any(1).double().mean().item()
+    return dict(top1=means.pop("top1"), top5=top5, **means, standard_errors=errors)
+
+
+def class_errors(right, tested):
+    """The standard error of the accuracy of each class in percent; right and tested are [classes].
+
+    The square root of p (1 - p) / n, where p counts one right and one wrong image more (Agresti and
+    Coull, 1998): by the observed p, a class of one image, which is always 0 or 100 % right, would
+    be free of error.
+    """
+    p = (right + 1) / (tested + 2)
+    return 100 * (p * (1 - p) / tested).sqrt()
+
+
+def mean_and_error(right, tested, weights):
+    """The weighted mean in percent of class accuracies, and its standard error; or (None, None).
+
+    right, tested and weights are [classes]. Classes without tested images are left out.
+    """
+    present = tested > 0
+    weights, accuracies = weights[present].double(), 100 * right[present].double() / tested[present]
+    if not weights.sum():
+        return None, None
+    weights = weights / weights.sum()
+    error = (weights * class_errors(right[present], tested[present])).norm()
+    return round((weights @ accuracies).item(), 6), round(error.item(), 6)
+
+
+def class_mean(predicted, labels, classes):
+    """The mean of the class accuracies of predicted [N], labels [N], and its standard error."""
+    right = labels[predicted == labels].bincount(minlength=classes)
+    return mean_and_error(right, labels.bincount(minlength=classes), torch.ones(classes))
+
+
+def with_error(accuracy, error=None):
+    """Text such as 84.32 ± 0.51."""
+    if accuracy is None:
+        return "-"
+    return f"{accuracy:.2f}" if error is None else f"{accuracy:.2f} ± {error:.2f}"
+
+
+def evaluate(logits, labels, counts, prior, temperature):
+    """Accuracies and calibration of logits [1 + E, N, classes], the mean of the experts first.
+
+    For classes as frequent as `prior` [classes]. The temperature is None if there was no val to
+    choose it on. The expected calibration error of a few images would be mostly chance: it is None
+    for less than a thousand.
+    """
+    top = logits.topk(min(5, len(counts))).indices
+    accuracies = [metrics(indices, labels, counts) for indices in top]
+    scaled, before, after = logits[0] / (temperature or 1), None, None
+    if len(labels) >= 1000:
+        before = calibration_error(logits[0], labels, prior)
+        after = calibration_error(scaled, labels, prior) if temperature else None
+    return accuracies[0] | dict(
+        counts=counts.tolist(), reported_counts=labels.bincount(minlength=len(counts)).tolist(),
+        experts=accuracies[1:] if len(accuracies) > 2 else None, temperature=temperature or 1.0,
+        calibration=calibration(scaled, labels, prior),
+        calibration_error=dict(before=before, after=after),
+    )
 
 
 def image_weights(labels, prior):
@@ -392,33 +585,122 @@ def best_temperature(logits, labels, prior):
     return log_t.exp().item()
 
 
+def calibration(logits, labels, prior):
+    """Mean probability, accuracy and the standard error of their difference, in percent.
+
+    Images are weighted so that classes are as frequent as `prior` says.
+    """
+    probability, predicted = logits.softmax(1).max(1)
+    right, weights = (predicted == labels).double(), image_weights(labels, prior).double()
+    mean, accuracy = weights @ probability.double(), weights @ right
+    error = (weights * (probability - right - mean + accuracy)).square().sum().sqrt()
+    values = dict(mean_probability=mean, accuracy=accuracy, error=error)
+    return {name: 100 * value.item() for name, value in values.items()}
+
+
+def calibration_words(values):
+    """What calibration() returned, as text."""
+    probability, accuracy, error = values.values()
+    return (f"mean {probability:.1f} %, where {accuracy:.1f} % are right "
+            f"(difference {probability - accuracy:+.1f} ± {error:.1f})")
+
+
 def calibration_error(logits, labels, prior, bins=15):
     """Expected calibration error in percent (Guo et al., 2017, equation 3), weighted as above."""
     probability, predicted = logits.softmax(1).max(1)
     gaps = image_weights(labels, prior) * ((predicted == labels).double() - probability)
-    place = (probability * bins).long().clamp(max=bins - 1)
-    return 100 * torch.zeros(bins, dtype=gaps.dtype).index_add(0, place, gaps).abs().sum().item()
+    bin_of = (probability * bins).long().clamp(max=bins - 1)
+    return 100 * torch.zeros(bins, dtype=gaps.dtype).index_add(0, bin_of, gaps).abs().sum().item()
 
 
-def table(results, counts):
+# --------------------------------------------------------------------- results.json and model.pth
+
+
+def write_results(args, results, dataset, logits):
+    """Write results.json and predictions.jsonl, and print what they say."""
+    path, names = args.output / "results.json", results["classes"]
+    probabilities, predicted = (logits[0] / results["temperature"]).softmax(1).max(1)
+    save(path, json.dumps(results, indent=1) + "\n")
+    lines, in_memory = [], data.cropped_on_device(args.stage1["dataset"])
+    for index, label in enumerate(dataset.labels.tolist()):
+        image = dict(index=index) if in_memory else dict(path=str(dataset.path(index)))
+        image |= {"class": names[label], "predicted": names[predicted[index]]}
+        lines.append(json.dumps(image | dict(probability=round(probabilities[index].item(), 6))))
+    save(args.output / "predictions.jsonl", "\n".join(lines) + "\n")
+
+    print(table(results))
+    if results["experts"]:
+        pairs = [(one["all"], one["standard_errors"]["all"]) for one in results["experts"]]
+        print("each expert alone: " + ", ".join(with_error(*pair) for pair in pairs))
+    for line in worst_confusions(predicted, dataset.labels, names):
+        print(line)
+    chosen = f"temperature {results['temperature']:.2f}, chosen on val"
+    chosen = chosen if results["chosen_on"] else "not calibrated"
+    print(f"probabilities: {calibration_words(results['calibration'])}; {chosen}")
+    before, after = results["calibration_error"].values()
+    if after is not None:
+        print(f"expected calibration error {after:.1f} %, before {before:.1f} %")
+    words = classifier_words(results)
+    if results["chosen_on"]:
+        on_val = with_error(results["val"], results["val_standard_error"])
+        note = " with the balanced prior" if results["prior"] == "training" else ""
+        words += f", chosen on val ({on_val}{note})"
+    data.say(f"on {results['reported_on']}; {words}; {path}")
+
+
+def classifier_words(results):
+    """Such as "classifier adjusted, penalty 0.003"."""
+    if results["classifier"] == "stage1":
+        return "classifier of stage 1"
+    chosen = {name: results[name] for name in ("epoch", "penalty") if results[name] is not None}
+    words = [f"classifier {results['classifier']}", *(f"{n} {v:.3g}" for n, v in chosen.items())]
+    return ", ".join(words)
+
+
+def write_model(args, cfg, encoder, results, classifier, temperature, images):
+    """Write model.pth, which says in words what it is, and export it if asked to.
+
+    A model.pth of all images is kept if this classifier is of less images: plots need no other.
+    """
+    path = args.output / "model.pth"
+    model = load(path, RESULT, "eval.py") if path.exists() else None
+    same = model and model["args"]["stage1"].get("weights") == args.stage1["weights"]
+    if same and model["args"]["fit_on"] == "all" and args.fit_on != "all":
+        data.say(f"{path} is kept, since it is of more images: delete it to get this classifier")
+    else:
+        calibrated = f"temperature {temperature:.2f}" if temperature else "not calibrated"
+        about = f"{classifier_words(results)}, fitted on {images}, prior {args.prior}, {calibrated}"
+        about += f"; stage 1: step {cfg.step} of {steps_of(cfg)}"
+        divided = Classifier(*(values / (temperature or 1) for values in classifier))
+        divided.copy_to(encoder.heads)
+        model = dict(stage=RESULT, args=to_json(args), classes=cfg.classes, about=about)
+        model["model"] = encoder.state_dict()
+        save(path, model)
+    data.say(f"{path}: {model['about']}")
+    if args.export:
+        encoder.load_state_dict(model["model"])
+        export(args.export, encoder, cfg, model["classes"])
+
+
+def table(results):
     """The results as a table to print."""
     titles = dict(many="many-shot, > 100", medium="medium-shot", few="few-shot, < 20")
-    split, images = results["reported_on"], torch.tensor(results["reported_counts"])
-    accuracies = torch.tensor([right or 0.0 for right in results["per_class"]])
-    rows = [("", "classes", "training images", f"{split} images", "top-1")]
+    counts, images = (torch.tensor(results[name]) for name in ("counts", "reported_counts"))
+    split, errors = results["reported_on"], results["standard_errors"]
+    rows = [("", "classes", "training images", f"{split} images", "top-1 ± s.e.")]
+
+    def add(title, name, *cells):
+        cells = cells or ("", "", "")
+        rows.append((title, *cells, with_error(results[name], errors[name])))
+
     for name, mask in shot_groups(counts).items():
         if mask.any():
-            span, tested = f"{counts[mask].max()} to {counts[mask].min()} each", images[mask].sum()
-            accuracy = "-" if results[name] is None else f"{results[name]:.2f}"
-            if 0 < tested < 20:
-                accuracy = f"{accuracies[mask] @ images[mask].float() / 100:.0f} of {tested}"
-            rows.append((titles[name], int(mask.sum()), span, int(tested), accuracy))
-    every = len(counts), int(counts.sum()), int(images.sum()), f"{results['all']:.2f}"
-    rows.append(("all, mean of classes", *every))
-    rows.append(("top1, mean of images", "", "", "", f"{results['top1']:.2f}"))
-    weighted = accuracies @ (counts * (images > 0)).float() / counts[images > 0].sum()
-    rows.append(("if classes came as in training", "", "", "", f"{weighted:.2f}"))
-    lines = ["{:<30}{:>8}{:>20}{:>14}{:>10}".format(*row) for row in rows]
+            span = f"{counts[mask].max()} to {counts[mask].min()} each"
+            add(titles[name], name, int(mask.sum()), span, int(images[mask].sum()))
+    add("all, mean of classes", "all", len(counts), int(counts.sum()), int(images.sum()))
+    add("top1, mean of images", "top1")
+    add("if classes came as in training", "as_in_training")
+    lines = ["{:<30}{:>8}{:>17}{:>13}{:>16}".format(*row) for row in rows]
     missing = results["per_class"].count(None)
     if missing:
         lines.append(f"classes without a {split} image, left out: {missing} of {len(counts)}")
@@ -441,6 +723,18 @@ def worst_confusions(predicted, labels, names, count=3):
     ]
 
 
+def export(path, encoder, cfg, names):
+    """Write the weights under torchvision's names, and PATH.json with what else a user needs."""
+    parts = encoder.shared, encoder.branches[0], nn.ModuleDict(dict(fc=encoder.heads[0]))
+    state = {name: value.cpu() for part in parts for name, value in part.state_dict().items()}
+    save(path, state)
+    card = dict(arch=cfg.arch, classes=names, mean=cfg.mean, std=cfg.std)
+    if not data.cropped_on_device(cfg.dataset):
+        card |= dict(resize=data.shorter_side(cfg.view_size), crop=cfg.view_size)
+    save(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
+    data.say(f"wrote {path} and {path}.json")
+
+
 # -------------------------------------------------------------------------------------- predictions
 
 
@@ -459,15 +753,16 @@ class ReadableImages(BatchDataset):
 
 
 @torch.no_grad()
-def predict(args, saved):
+def predict(args, cfg, saved):
     """Print path, class, probability and next four classes of images, a JSON line each.
 
     They are the files and folders args.predict; `saved` is the content of model.pth. The exit code
     is 2 if a file could not be read.
     """
     rank, world, device = processes = train.start(args)
-    stage1, names = argparse.Namespace(**saved["args"]["stage1"]), saved["classes"]
-    encoder = classifier_of(stage1, saved["model"], len(names), 0, device, keep_heads=True).eval()
+    names = saved["classes"]
+    encoder = load_encoder(cfg, saved["model"], len(names), 0, device, keep_heads=True).eval()
+    data.say(f"{args.output}/model.pth: {saved.get('about', 'of an earlier version of this code')}")
     paths, unreadable = [], 0
     for path in args.predict:
         found, others = data.find_images(path) if path.is_dir() else ([path], [])
@@ -477,33 +772,34 @@ def predict(args, saved):
         unreadable += not found
         paths += map(os.fsencode, found)
     files = data.ImageFiles(Path(), paths, [0] * len(paths), "", upright=True)
-    loader = evaluation_loader(files, args, stage1, processes, ReadableImages)
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # names may be any bytes
+    loader = evaluation_loader(files, args, cfg, processes, ReadableImages)
+    data.set_output(encoding="utf-8", errors="backslashreplace")
     for images, indices, problems in loader:
         for problem in problems:
-            print(f"eval.py: error: {problem}", file=sys.stderr)
+            data.tell(f"eval.py: error: {problem}")
         unreadable += len(problems)
         if not indices:
             continue
-        view = evaluation_view(images.to(device), stage1)
+        view = evaluation_view(images.to(device), cfg)
         logits = encoder.heads(features_of(encoder, view, args.amp)).mean(0)  # [B, classes]
         top = logits.softmax(1).topk(min(5, len(names)))
         for index, values, labels in zip(indices, top.values.tolist(), top.indices.tolist()):
-            first, *following = [(names[n], round(p, 6)) for n, p in zip(labels, values)]
-            line = {"path": str(files.path(index)), "class": first[0], "probability": first[1]}
-            print(json.dumps(line | {"next": dict(following)}, ensure_ascii=False))
+            pairs = [(names[n], round(p, 6)) for n, p in zip(labels, values)]
+            name, probability = pairs[0]
+            line = {"path": str(files.path(index)), "class": name, "probability": probability}
+            print(json.dumps(line | {"next": dict(pairs[1:])}, ensure_ascii=False))
     sys.stdout.flush()
     # Wait for all ranks: torchrun stops the others when one exits with an error.
     if gather(torch.tensor([unreadable], device=device)).any():
         sys.exit(2)
 
 
-# --------------------------------------------------------------------------- summary, export, plots
+# ----------------------------------------------------------------------------------- summary, plots
 
 
 def summary(runs):
-    """Mean and standard deviation over runs that differ only in their seed, one line per group."""
-    names, groups = ("many", "medium", "few", "all"), {}
+    """A row for each run, and the mean and deviation of runs that differ only in their seed."""
+    names, groups = ("many", "medium", "few", "all", "val"), {}
     ignored = train.MAY_CHANGE - {"amp"} | {"seed"}
     finished = [run for run in runs if (run / "results.json").exists()] or runs
     if len(finished) < len(runs):
@@ -512,66 +808,79 @@ def summary(runs):
         try:
             results = json.loads((run / "results.json").read_text())
             settings = comparable(results["arguments"], ignored)
+            seeds = results["arguments"]["seed"], results["arguments"]["stage1"]["seed"]
             accuracies = [results[name] for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{run}/results.json cannot be read ({error}): run eval.py") from None
         key = tuple((name, json.dumps(value)) for name, value in sorted(settings.items()))
-        groups.setdefault(key, []).append(accuracies)
+        members = groups.setdefault(key, {})
+        if seeds in members:
+            data.say(f"{run} has the arguments and seed of {members[seeds][0]}: counted once")
+            continue
+        errors = results.get("standard_errors", {}) | dict(val=results.get("val_standard_error"))
+        cells = [with_error(*pair) for pair in zip(accuracies, map(errors.get, names))]
+        members[seeds] = run, accuracies, cells
 
-    lines = ["".join(f"{name:>15}" for name in names) + f"{'seeds':>7}"]
+    lines = ["".join(f"{name:>16}" for name in names)]
     for key, members in groups.items():
-        line = ""
-        for values in zip(*members):
-            cell = "-" if None in values else f"{statistics.mean(values):.2f}"
-            if len(values) > 1 and None not in values:
-                cell += f" ± {statistics.stdev(values):.2f}"
-            line += f"{cell:>15}"
+        for run, _, cells in members.values():
+            lines.append("".join(f"{cell:>16}" for cell in cells) + f"  {run}")
+        if len(members) > 1:
+            line = ""
+            for values in zip(*(accuracies for _, accuracies, _ in members.values())):
+                cell = "-"
+                if None not in values:
+                    cell = with_error(statistics.mean(values), statistics.stdev(values))
+                line += f"{cell:>16}"
+            lines.append(f"{line}  mean of {len(members)} seeds")
         differ = [f"{n} {v}" for n, v in key if any(dict(other).get(n) != v for other in groups)]
-        lines.append(f"{line}{len(members):>7}  {', '.join(differ)}")
+        lines[-1] += "".join(f", {text}" for text in differ)
+    lines.append("±: of a run the standard error, of a mean the standard deviation over seeds")
     return "\n".join(lines)
-
-
-def export(path, encoder, stage1, names):
-    """Write the weights under torchvision's names, and PATH.json with what else a user needs."""
-    parts = encoder.shared, encoder.branches[0], nn.ModuleDict(dict(fc=encoder.heads[0]))
-    state = {name: value.cpu() for part in parts for name, value in part.state_dict().items()}
-    save(path, state)
-    card = dict(arch=stage1.arch, classes=names, mean=stage1.mean, std=stage1.std)
-    if not data.cropped_on_device(stage1.dataset):
-        card |= dict(resize=data.shorter_side(stage1.view_size), crop=stage1.view_size)
-    save(path.with_name(path.name + ".json"), json.dumps(card, indent=1) + "\n")
-    data.say(f"wrote {path} and {path}.json")
 
 
 GROUP_COLORS = {"many": (62, 110, 170), "medium": (228, 148, 48), "few": (192, 62, 104)}
 
 
-def draw_accuracy(directory, results, names):
-    """Draw a bar for each class, sorted by training images, coloured by many, medium and few."""
+def draw_accuracy(directory, results):
+    """Draw a bar for each class, sorted by training images, coloured by many, medium and few.
+
+    A line shows one standard error to both sides; classes without a test image are grey.
+    """
     counts, tested = torch.tensor(results["counts"]), results["reported_counts"]
     order = counts.argsort(descending=True, stable=True).tolist()
+    split, errors = results["reported_on"], results["standard_errors"]
     # Bars of this height begin here; a percent has 4 pixels.
     named, top = len(order) <= 100, 64
     height, left = (18, 300) if named else (2, 40)
     image = Image.new("RGB", (left + 430, top + height * len(order) + 6), "white")
     draw, font, groups = ImageDraw.Draw(image), load_font(), shot_groups(counts)
-    title = f"top-1 on {results['reported_on']}, mean of classes {results['all']:.2f}"
-    title += f"; beside a name: training and {results['reported_on']} images" if named else ""
+    title = f"top-1 on {split}, mean of classes {with_error(results['all'], errors['all'])}"
+    title += f"; beside a name: training and {split} images" if named else ""
     draw.text((6, 4), title, "black", font)
     for n, name in enumerate(name for name in groups if results[name] is not None):
-        draw.text((6 + 120 * n, 24), f"{name} {results[name]:.1f}", GROUP_COLORS[name], font)
+        text = f"{name} {with_error(results[name], errors[name])}"
+        draw.text((6 + 160 * n, 24), text, GROUP_COLORS[name], font)
     for percent in range(0, 101, 20):
         x = left + 4 * percent
         draw.line([(x, top), (x, image.height)], (220, 220, 220))
         draw.text((x, top - 6), str(percent), "black", font, "ms")
     for n, label in enumerate(order):
         y, accuracy = top + n * height, results["per_class"][label]
-        if accuracy is not None:  # else the class has no test image
+        if accuracy is None:
+            draw.rectangle((left, y, left + 400, y + height - 2), (235, 235, 235))
+        else:
             color = next(GROUP_COLORS[name] for name, mask in groups.items() if mask[label])
             draw.rectangle((left, y, left + 4 * accuracy, y + height - 2), color)
         if named:
-            text = f"{names[label]}: {counts[label]}, {tested[label]}"
+            text = f"{results['classes'][label]}: {counts[label]}, {tested[label]}"
             draw.text((left - 6, y + 8), text, "black", font, "rm")
+            if accuracy is None:
+                draw.text((left + 6, y + 8), f"no {split} image", "black", font, "lm")
+            else:
+                error = errors["per_class"][label]
+                ends = max(accuracy - error, 0), min(accuracy + error, 100)
+                draw.line([(left + 4 * end, y + 8) for end in ends], "black")
     image.save(directory / "accuracy.png")
 
 
@@ -583,56 +892,79 @@ def load_font():
     return ImageFont.load_default(13)
 
 
-def caption(text, width):
-    """An image of a line of text, 18 pixels high."""
-    strip = Image.new("RGB", (width, 18), "white")
-    ImageDraw.Draw(strip).text((2, 1), text, "black", load_font())
+def caption(lines, width):
+    """An image of lines of text, 18 pixels high each."""
+    strip = Image.new("RGB", (width, 18 * len(lines)), "white")
+    for n, line in enumerate(lines):
+        ImageDraw.Draw(strip).text((2, 18 * n + 1), line, "black", load_font())
     return strip
 
 
 @torch.no_grad()
-def draw_activation(directory, encoder, dataset, counts, stage1, names, device, side=160):
+def draw_activation(directory, results, encoder, classifier, logits, dataset, cfg, side=160):
     """Draw class activation maps (Zhou et al., 2016) of images of the four smallest classes.
 
-    The map is the sum over experts of the feature map times the weights of the image's class.
+    The map is the sum over experts of the feature map times the weights of the image's class. The
+    text says how the image is classified by logits [1 + E, N, classes].
     """
-    here = dataset.labels.unique()
-    tail = here[counts[here].argsort(stable=True)[:4]]
-    rows = torch.cat([(dataset.labels == label).nonzero()[:3, 0] for label in tail]).tolist()
-    images, labels = dataset.views(rows, rows, stage1, 0), dataset.labels[rows]
-    feature_maps = encoder.eval().feature_maps(evaluation_view(images.to(device), stage1))
-    pairs = zip(encoder.heads, feature_maps)
-    maps = sum(torch.einsum("bc,bchw->bhw", h.weight[labels], f.float()) for h, f in pairs).cpu()
+    counts, names = torch.tensor(results["counts"]), results["classes"]
+    predicted = logits[0].argmax(1)
+    tested = dataset.labels.unique()
+    tail = tested[counts[tested].argsort(stable=True)[:4]]
+    indices = torch.cat([(dataset.labels == label).nonzero()[:3, 0] for label in tail]).tolist()
+    images, labels = dataset.views(indices, indices, cfg, 0), dataset.labels[indices]
+    view = evaluation_view(images.to(classifier.bias.device), cfg)
+    feature_maps = encoder.eval().feature_maps(view)
+    pairs = zip(classifier.weight[:, labels], feature_maps)
+    maps = sum(torch.einsum("bc,bchw->bhw", weight, f.float()) for weight, f in pairs).cpu()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     maps = ((maps - low) / (high - low).clamp(min=1e-12))[:, None]  # [B, 1, h, w]
     maps = F.interpolate(maps, (side, side), mode="bilinear")
     shown = F.interpolate(images[0].expand(-1, 3, -1, -1) / 255, (side, side))
     colors = torch.cat([maps, 0 * maps, 1 - maps], dim=1)  # [B, 3, side, side]
     both = torch.cat([shown, (shown + colors) / 2], dim=3)
-    texts = [f"{names[c]}: {counts[c]} training images; its evidence is red" for c in labels]
-    strips = torch.stack([pil_to_tensor(caption(text, 2 * side)) / 255 for text in texts])
-    save_image(torch.cat([both, strips], dim=2), directory / "activation.png", nrow=3, pad_value=1)
+    strips = []
+    for label, other in zip(labels.tolist(), predicted[indices].tolist()):
+        verdict = "right" if label == other else f"wrong: classified as {names[other]}"
+        title = f"{names[label]}: {counts[label]} training images; its evidence is red"
+        strips.append(pil_to_tensor(caption([title, verdict], 2 * side)) / 255)
+    both = torch.cat([both, torch.stack(strips)], dim=2)
+    save_image(both, directory / "activation.png", nrow=3, pad_value=1)
 
 
 # ---------------------------------------------------------------------------------------- arguments
 
 
+def stage1_arguments(saved):
+    """The arguments and the step of stage 1, from the content of checkpoint.pth or model.pth."""
+    arguments = saved["args"]  # in model.pth those of eval.py, which contain the others
+    return argparse.Namespace(**arguments.get("stage1", arguments | dict(step=saved.get("step"))))
+
+
+def find_run():
+    """(output, checkpoint, source): two paths, and what load() needs to read the arguments."""
+    parser = data.Parser()
+    for flag in ("--checkpoint", "--output", "--dataset", "--predict"):
+        parser.add_argument(flag, nargs="?")
+    given = parser.parse_known_args()[0]
+    beside = given.checkpoint and Path(given.checkpoint).parent
+    output = Path(given.output or beside or f"runs/{given.dataset or data.DEFAULT}")
+    checkpoint = Path(given.checkpoint or output / "checkpoint.pth")
+    model = output / "model.pth", RESULT, "eval.py"
+    return output, checkpoint, model if given.predict else (checkpoint, train.STAGE)
+
+
 def parse_args():
-    """The arguments, and the content of the checkpoint or, for --predict, of model.pth."""
-    first = data.Parser()  # of the flags that name the checkpoint, which holds the defaults
-    for flag in ("--checkpoint", "--output", "--dataset", "--predict", "--summary"):
-        first.add_argument(flag, nargs="?")
-    first = first.parse_known_args()[0]
-    beside = first.checkpoint and Path(first.checkpoint).parent
-    output = Path(first.output or beside or f"runs/{first.dataset or data.DEFAULT}")
-    checkpoint = Path(first.checkpoint or output / "checkpoint.pth")
-    file = (output / "model.pth", RESULT, "eval.py") if first.predict else (checkpoint, train.STAGE)
-    saved = load(*file) if file[0].exists() and not first.summary else None
-    stage1 = saved["args"] if saved else {}
-    stage1 = stage1.get("stage1", stage1)  # in model.pth it is a part of eval.py's arguments
+    """This command's arguments, those of train.py, and the content of the file that holds them.
+
+    The file is the checkpoint or, for --predict, model.pth. Its data set sets the defaults.
+    """
+    output, checkpoint, source = find_run()
+    saved = load(*source) if source[0].exists() and "--summary" not in sys.argv else None
+    cfg = stage1_arguments(saved) if saved else None
 
     parser = data.Parser(description=__doc__)
-    dataset = data.add_data_flags(parser, stage1.get("dataset", data.DEFAULT))
+    dataset = data.add_data_flags(parser, cfg.dataset if cfg else data.DEFAULT)
     flag = parser.add_argument_group("what to do").add_argument
     flag("--checkpoint", type=Path, default=checkpoint, metavar="FILE", help="of train.py")
     flag("--predict", type=Path, nargs="+", metavar="PATH", help="predict images, as JSON lines")
@@ -642,36 +974,50 @@ def parse_args():
     run_rows = train.run_settings(dataset)
     train.add_settings(parser, "run", dataset, run_rows)
     train.add_settings(parser, "classifier", dataset, STAGE2)
-    images = {name: stage1[name] for name in ("data_root", "index_dir", "imbalance") if stage1}
-    parser.set_defaults(output=output, **images)
+    parser.set_defaults(output=output)
+    if cfg:
+        parser.set_defaults(**{n: getattr(cfg, n) for n in ("data_root", "index_dir", "imbalance")})
     args = train.parse_within_limits(parser, run_rows + STAGE2)
+    args.classifier = args.classifier if args.epochs else "stage1"
+    refuse_unused_flags(parser, args)
     if args.summary:
-        return args, None
-    saved = saved or load(*file)
-    if dataset != stage1["dataset"]:
-        raise BadInput(f"{file[0]} was trained on {stage1['dataset']}, not on {dataset}")
+        return args, None, None
+    if not saved:
+        saved = load(*source)
+        cfg = stage1_arguments(saved)
+    if dataset != cfg.dataset:
+        raise BadInput(f"{source[0]} was trained on {cfg.dataset}, not on {dataset}")
     if args.predict:
         if data.cropped_on_device(dataset):
             raise BadInput(f"--predict needs a run on image files, not on {dataset}")
-        return args, saved
-    if "training_images" not in stage1:
+        return args, cfg, saved
+    if not hasattr(cfg, "training_images"):
         raise BadInput(f"{checkpoint} is from an earlier version of this code: train again")
-
-    if args.epochs == 0:
-        args.classifier = "stage1"
-        if stage1["loss"] not in train.CLASSIFIERS:
-            raise BadInput(f"--epochs 0: {checkpoint} has no classifier; --loss ce or la have one")
-    defaults = train.values_for(dataset, STAGE2)
-    used = dict(adjusted={"penalty", "fit_on"}, stage1={"epochs"})
-    used["balanced"] = defaults.keys() - used["adjusted"]
-    for name in sorted(defaults.keys() - used[args.classifier] - {"classifier", "prior"}):
-        if getattr(args, name) != defaults[name]:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag}: this flag is not for the classifier {args.classifier}")
-    if args.export and (stage1["arch"] in SMALL_ARCHS or stage1["experts"] > 1):
-        network = "networks of several experts" if stage1["experts"] > 1 else stage1["arch"]
+    if args.classifier == "stage1" and cfg.loss not in train.CLASSIFIERS:
+        raise BadInput(f"--epochs 0: {checkpoint} has no classifier; --loss ce or la have one")
+    if args.export and (cfg.arch in SMALL_ARCHS or cfg.experts > 1):
+        network = "networks of several experts" if cfg.experts > 1 else cfg.arch
         raise BadInput(f"--export: torchvision has no {network}")
-    return args, {name: saved[name] for name in ("args", "step", "encoder")}
+    return args, cfg, dict(encoder=saved["encoder"])
+
+
+def refuse_unused_flags(parser, args):
+    """BadInput if a flag is given that this command or this classifier would ignore."""
+    words = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    names = {word: word[2:].removeprefix("no-").replace("-", "_") for word in words}
+    of_stage2 = {name for name, *_ in STAGE2}
+    uses = dict(adjusted={"penalty", "fit_on"}, stage1={"epochs"})
+    uses["balanced"] = of_stage2 - uses["adjusted"]
+    allowed = set(vars(args)) - of_stage2 | uses[args.classifier] | {"classifier", "prior"}
+    command = f"the classifier {args.classifier}"
+    if args.predict:
+        allowed = {"predict", "output", "checkpoint", "dataset", "device", "amp", "workers"}
+        command = "--predict"
+    elif args.summary:
+        allowed, command = {"summary"}, "--summary"
+    for word, name in names.items():
+        if name not in allowed:
+            parser.error(f"{word}: this flag is not for {command}")
 
 
 if __name__ == "__main__":

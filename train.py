@@ -567,6 +567,7 @@ def to_json(args):
 # Arguments that may change when a run continues: of both stages, then of one of them.
 MAY_CHANGE = {"output", "data_root", "index_dir", "workers", "device", "amp", "save_minutes"}
 MAY_CHANGE |= {"images", "views", "checkpoint", "plots", "export", "predict", "summary", "fit_on"}
+MAY_CHANGE |= {"weights"}  # eval.py looks at the hash of stage 1's weights itself
 
 
 def comparable(settings, ignored=MAY_CHANGE):
@@ -583,13 +584,28 @@ OTHER_IMAGES = ("train again with another --output; or put val and test images i
                 "eval.py --checkpoint RUN/checkpoint.pth --output NEW")
 
 
+def difference(before, now):
+    """What to print of two values: what came (+) and went (-) between lists of words, else both."""
+    if isinstance(before, list) and isinstance(now, list) and {*map(type, before + now)} == {str}:
+        came = [f"+ {word}" for word in now if word not in before]
+        went = [f"- {word}" for word in before if word not in now]
+        more = f" and {len(came + went) - 10} more" if len(came + went) > 10 else ""
+        return ", ".join((came + went)[:10]) + more or "another order"
+    return f"was {before!s:.70}, now {now!s:.70}"
+
+
 def refuse_differences(path, before, args):
-    """BadInput if the arguments of the run that wrote `path` differ from this run's."""
+    """BadInput if the arguments of the run that wrote `path` differ from this run's.
+
+    Results of stage 2 do not bind it to the step that stage 1 had then, if it has gone on since.
+    """
     before, now = comparable(before), comparable(to_json(args))
+    if before.get("stage1 step", 0) < now.get("stage1 step", 0):
+        before["stage1 step"] = now["stage1 step"]
     differ = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if differ:
-        pairs = {name: (str(before.get(name)), str(now.get(name))) for name in differ}
-        differences = "; ".join(f"{n} was {a:.70}, now {b:.70}" for n, (a, b) in pairs.items())
+        pairs = {name: difference(before.get(name), now.get(name)) for name in differ}
+        differences = "; ".join(f"{name} {text}" for name, text in pairs.items())
         checkpoint = getattr(args, "checkpoint", None)  # of eval.py
         choose = f"--checkpoint {checkpoint} with another" if checkpoint else "another"
         advice = f"choose {choose} --output"
@@ -694,8 +710,9 @@ STAGE2 = [
      "predict as if all classes were equally frequent, or as frequent as in training", {}),
     ("fit_on", "train", ("train", "all"), "all: when the accuracy has been measured, fit adjusted "
      "on all splits, for predictions", {}),
-    ("penalty", [3e-3, 1e-4, 3e-4, 1e-3, 1e-2, 3e-2, 1e-1], (0, 1e6), "on the squared weights, for "
-     "adjusted: the best on val, or the first. The flags below are for balanced", {CIFAR: [1e-3]}),
+    ("penalty", [0.0], (0, 1e6), "on the squared weights, for adjusted: the first, unless another "
+     "is clearly better on val; 0: 10 / training images, and 1/10 to 10 times as much on val. The "
+     "flags below are for balanced", {}),
     ("epochs", 40, (0, 1e6),
      "passes over the training set; 0 evaluates the classifier of --loss ce or la", {SMALL: 20}),
     ("batch_size", 2048, (1, 1e6), "images in a step of all processes", {FOLDER: 256, SMALL: 256}),

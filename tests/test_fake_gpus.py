@@ -80,7 +80,7 @@ def test_features_and_predictions_of_stage_2_stay_on_the_gpu(eight_gpus, monkeyp
     given = encoder, range(8 * 256), argparse.Namespace(amp="off"), stage1, (1, 8, GPU)
     features = stage2.split_features(*given)
     assert features.shape == (1, 2048, 2048) and features.device == GPU
-    logits = stage2.logits_of(encoder.heads, features)
+    logits = stage2.Classifier.of(encoder.heads).logits(features)
     assert logits.shape == (2, 2048, 1000) and logits.device.type == "cpu"
 
 
