@@ -80,14 +80,14 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
 
     # 3. The losses of this rank's images. In DSCL the queries and keys of all ranks are contrast
     # samples; the published code takes those of the local rank.
-    rank_rows, tau, alpha = batch.rank_rows, args.temperature, args.alpha
+    own, tau, alpha = batch.positions, args.temperature, args.alpha  # own: this rank's of N
     dscl, pbsd = [], []
     for e in range(args.experts):  # each expert has its own embeddings, queue and losses
         dscl.append(dscl_loss(
             all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels,
-            alpha=None if args.loss == "scl" else alpha, temperature=tau, anchors=rank_rows))
+            alpha=None if args.loss == "scl" else alpha, temperature=tau, anchors=own))
         if args.pbsd_weight:
-            keys = all_keys[e, rank_rows]  # [B, D]
+            keys = all_keys[e, own]  # [B, D]
             pbsd.append(pbsd_loss(c[e], s[e], keys, queue.keys[e], temperature=tau))
     values = dict(dscl=torch.stack(dscl).mean())
     loss = values["dscl"]
@@ -335,48 +335,50 @@ def average_statistics(encoder):
 
 
 class ShuffledBatch:
-    """Which rows of the global batch this rank embeds in a step, and the step's random numbers.
+    """Which images of the global batch this rank embeds in a step, and the step's random numbers.
 
-    It embeds the rows `rank_rows` as queries, and as keys the rows `key_rows`, which are randomly
-    chosen (shuffle BN). Everything depends only on (seed, step). A single process embeds all rows
-    and shuffles nothing.
+    As queries it embeds the images at `positions`, as keys those at `key_positions`, which are
+    randomly chosen (shuffle BN). Everything depends only on (seed, step). A single process embeds
+    all images and shuffles nothing.
     """
 
-    def __init__(self, args, step, rank_rows, device):
-        self.seeds = [seed_from(args.seed, step, stream) for stream in (1, 2, 3)]
-        self.rank_rows = self.key_rows = rank_rows
-        self.batch_size, self.device, self.position = args.batch_size, device, None
+    def __init__(self, args, step, positions, device):
+        self.seed, self.step, self.device = args.seed, step, device
+        self.batch_size = args.batch_size
+        self.positions = self.key_positions = positions
+        self.place_of_key = None  # of each image's key among the keys of all ranks, [N]
         if dist.is_initialized():
-            generator, world = torch.Generator().manual_seed(self.seeds[0]), dist.get_world_size()
-            order = torch.randperm(args.batch_size, generator=generator).numpy()
-            # The rows of each rank's keys are sorted, because images come in the order of senders.
-            order = np.sort(order.reshape(world, -1)).flatten()  # [N]
-            position = order.argsort()  # [N] of each row's key among the keys of all ranks
+            world, seed = dist.get_world_size(), seed_from(args.seed, step, data.SHUFFLE)
+            order = torch.randperm(args.batch_size, generator=torch.Generator().manual_seed(seed))
+            # Each rank's keys are sorted by image, because images come in the order of senders.
+            order = np.sort(order.numpy().reshape(world, -1)).flatten()  # [N] the image of each key
+            place = order.argsort()
             # How many images come from and go to each rank: known without waiting for the GPU.
-            ranks = [rows[rank_rows] * world // len(rows) for rows in (order, position)]
+            ranks = [every[positions] * world // len(every) for every in (order, place)]
             self.counts = [np.bincount(rank, minlength=world).tolist() for rank in ranks]
-            both = torch.tensor(np.stack([order, position]))
+            both = torch.tensor(np.stack([order, place]))
             both = both.pin_memory() if device.type == "cuda" else both
-            order, self.position = both.to(device, non_blocking=True)
-            self.key_rows = order[rank_rows]
+            order, self.place_of_key = both.to(device, non_blocking=True)
+            self.key_positions = order[positions]
 
     def draws(self, keys=False):
         """The random numbers of this rank's query views, or of its key views."""
-        rows = self.key_rows if keys else self.rank_rows
-        return Draws(self.seeds[1 + keys], self.batch_size, rows, self.device)
+        positions = self.key_positions if keys else self.positions
+        seed = seed_from(self.seed, self.step, data.KEY if keys else data.QUERY)
+        return Draws(seed, self.batch_size, positions, self.device)
 
     def shuffle(self, images):
         """Exchange this rank's uint8 images [B, C, H, W] for those whose keys it embeds."""
-        if self.position is None:
+        if self.place_of_key is None:
             return images
-        sent = images[self.position[self.rank_rows].argsort()].contiguous()
+        sent = images[self.place_of_key[self.positions].argsort()].contiguous()
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, *self.counts)
         return received
 
     def gather_unshuffled(self, keys):
         """Gather the keys [E, B, D] of all ranks, in the order of the images: [E, N, D]."""
-        return keys if self.position is None else gather(keys, dim=1)[:, self.position]
+        return keys if self.place_of_key is None else gather(keys, dim=1)[:, self.place_of_key]
 
 
 def lower_batch_size(args, count):

@@ -61,7 +61,7 @@ def test_step_of_imagenet_lt_stays_on_the_gpu_and_never_waits(eight_gpus):
     values = train.dscl_pbsd_step(encoder, key_encoder, queue, images, labels, batch, args)
     assert {name: value.device for name, value in values.items()} == dict.fromkeys(values, GPU)
     assert values.keys() == {"loss", "dscl", "pbsd"} and values["loss"].requires_grad
-    assert batch.key_rows.device == queue.keys.device == GPU and queue.written == 65536 + 256
+    assert batch.key_positions.device == queue.keys.device == GPU and queue.written == 65536 + 256
     gradient = train._GatherQueries.backward(None, torch.ones(1, 256, 128, device=GPU))
     assert gradient.shape == (1, 32, 128) and gradient.device == GPU
     with pytest.raises(RuntimeError, match="cpu and cuda:0|cuda:0, cpu"):
