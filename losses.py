@@ -2,9 +2,8 @@
 
 Read dense_losses in tests/benchmark.py first: it defines both losses in 25 lines of plain matrices,
 with the paper's names. dscl_loss and pbsd_loss have the same values, in time O(N K D) for N rows
-and a queue of K, and in memory that grows by 16 bytes a key only. They take L2-normalised rows and
-compute in float32, or in float64 if the rows with gradient are float64, also under autocast. This
-file needs only torch and can be copied alone.
+and a queue of K, and with 16 bytes of memory a key. They take L2-normalised rows and compute in
+float32, or in float64 if the rows with gradient are float64. Copy this file alone if you like.
 """
 
 from numbers import Real
@@ -27,8 +26,7 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
     labels [B]           integer classes of the images
     queue [K, D]         past keys, filled slots only, K may be 0; constant
     queue_labels [K]     classes of the past keys
-    alpha                in [0, 1] or None
-    temperature          tau > 0
+    alpha, temperature   in [0, 1] or None; tau > 0
     anchors              slice of the B rows that are anchors i; all rows are contrast samples
     raises               ValueError or TypeError that names the bad argument
     """
@@ -42,7 +40,7 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
     _check("queue_labels", queue_labels, (len(queue),), integer=True)
     if not (isinstance(anchors, slice) and range(size)[anchors]):
         raise ValueError(f"anchors must be a slice of the {size} rows of query, got {anchors}")
-    query, key, queue = _prepare(temperature, query, key.detach(), queue.detach())
+    query, key, queue = _prepare(temperature, query, key, queue)
 
     with torch.autocast(query.device.type, enabled=False):
         # C_i is the queries, which have gradient, the keys and the queue. The own key goes with
@@ -62,9 +60,9 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
         row = torch.searchsorted(classes, contrast_labels).clamp_(max=len(classes) - 1)
         row.masked_fill_(classes[row] != contrast_labels, len(classes))
         of_query, of_key, of_queue = row.split([size, size, len(queue)])
-        class_sums = query.new_zeros(len(classes) + 1, dim)
+        class_sums = query.new_zeros(len(classes) + 1, dim)  # [A + 1, D]
         class_sums.index_add_(0, of_key, key).index_add_(0, of_queue, queue)
-        class_sums = class_sums.index_add(0, of_query, query)  # [A + 1, D]
+        class_sums = class_sums.index_add(0, of_query, query)
         counts = query.new_zeros(len(classes) + 1).index_add_(0, row, query.new_ones(len(row)))
         num_positives = counts[of_query[anchors], None] - 2  # [A, 1] |P_i|
         positive_sum = class_sums.index_select(0, of_query[anchors]) - anchor - own_key  # [A, D]
@@ -95,8 +93,7 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
     _check("roi", roi, patch.shape)
     _check("key", key, patch.shape[1:])
     _check("queue", queue, (None, patch.shape[2]))
-    rows = patch, roi.detach(), key.detach(), queue.detach()
-    patch, roi, key, queue = _prepare(temperature, *rows)
+    patch, roi, key, queue = _prepare(temperature, patch, roi, key, queue)
 
     with torch.autocast(patch.device.type, enabled=False):
         teacher, student = roi.flatten(0, 1) / temperature, patch.flatten(0, 1) / temperature
@@ -155,32 +152,28 @@ class _BankAttention(torch.autograd.Function):
 
 
 def bank_attention(query, bank, *, temperature=0.07):
-    """Softmax attention of each query [N, D] over a constant bank [K, D], as an online softmax.
+    """Softmax attention of each query [N, D] over a constant bank [K, D], whatever their norms.
 
-    Rows may have any norm. Returns (logsumexp [N], mean [N, D]) over the bank entries z_m:
-
-        logsumexp = log sum_m exp(q.z_m / temperature)
-        mean      = sum_m p(z_m|q) z_m,   p(z_m|q) = softmax over m of q.z_m / temperature
-
-    `logsumexp` is differentiable in the query, once: its gradient is exactly mean / temperature.
-    `mean` is a constant. An empty bank gives -inf and 0. It raises as dscl_loss does.
+    Returns logsumexp [N], of q.z_m / temperature over the entries z_m, and mean [N, D], their sum
+    weighted by softmax_m(q.z_m / temperature). Only `logsumexp` is differentiable, once, in the
+    query: its gradient is mean / temperature. An empty bank gives -inf and 0. Raises as dscl_loss.
     """
     _check("query", query, (None, None))
     _check("bank", bank, (None, query.shape[1]))
-    query, bank = _prepare(temperature, query, bank.detach())
+    query, bank = _prepare(temperature, query, bank)
     with torch.autocast(query.device.type, enabled=False):
         logsumexp, mean = _BankAttention.apply(query / temperature, bank)
         return logsumexp, mean.detach()
 
 
-def _prepare(tau, *tensors):
-    """Check tau; convert tensors to float32 or, if the first of them is float64, to float64."""
+def _prepare(tau, learned, *constants):
+    """Check tau; convert all to float32, or to float64 if `learned` is; detach the constants."""
     # A tensor would get no gradient; the inverse has to be a float32.
     if not (isinstance(tau, Real) and 1e-38 < tau < float("inf")):
         allowed = "a Python number above 1e-38 (of a tensor: temperature.item())"
         raise ValueError(f"temperature must be {allowed}, got {tau!r}")
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [tensor.to(dtype) for tensor in tensors]
+    dtype = torch.promote_types(learned.dtype, torch.float32)
+    return learned.to(dtype), *(tensor.detach().to(dtype) for tensor in constants)
 
 
 def _check(name, tensor, shape, least=0, integer=False):
