@@ -39,7 +39,7 @@ from torchvision.utils import save_image
 
 import train
 from data import BadInput, BatchDataset, Batches, Draws, Progress, load_batches, shot_groups
-from models import SMALL_ARCHS, Encoder, means
+from models import SMALL_ARCHS, Encoder, global_average_pool
 from train import STAGE2, autocast, comparable, gather, load, resume, save, to_json
 
 STAGE = "stage 2 of DSCL + PBSD"
@@ -442,7 +442,7 @@ def training_view(images, step, batches, args, cfg):
 def features_of(encoder, view, amp):
     """The features of a view, float32 [E, B, C], for classifiers."""
     with autocast(view.device, amp):
-        return means([maps.float() for maps in encoder.feature_maps(view)])
+        return global_average_pool([maps.float() for maps in encoder.feature_maps(view)])
 
 
 def evaluation_view(images, cfg):

@@ -1,9 +1,9 @@
 """The two losses of "Decoupled Contrastive Learning for Long-Tailed Recognition" (AAAI 2024).
 
-dscl_loss and pbsd_loss take L2-normalised rows. They compute in float32, or in float64 if the rows
-with gradient are float64, also under autocast. Their time is O(N K D) for N embeddings and a queue
-of K. Their memory grows by 16 bytes a key only: bank_attention computes the logits in blocks and
-keeps none for backward. This file needs only torch and can be copied alone.
+Read dense_losses in tests/benchmark.py first: it defines both losses in 25 lines of plain matrices,
+with the paper's names. dscl_loss and pbsd_loss have the same values, in time O(N K D) for N rows
+and a queue of K, and with 16 bytes of memory a key. They take L2-normalised rows and compute in
+float32, or in float64 if the rows with gradient are float64. Copy this file alone if you like.
 """
 
 from numbers import Real
@@ -11,9 +11,8 @@ from numbers import Real
 import torch
 
 
-def dscl_loss(
-    query, key, labels, queue, queue_labels, *, alpha=0.1, temperature=0.07, anchors=slice(None)
-):
+def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature=0.07,
+              anchors=slice(None)):
     """Decoupled supervised contrastive loss, the paper's DSCL, mean over the anchors.
 
         L_i = logsumexp_m(z_m.z_i / tau) - a_i z_i+.z_i / tau - (1 - a_i) mean_t(z_t.z_i / tau)
@@ -22,22 +21,17 @@ def dscl_loss(
     over the positives P_i: the samples of C_i with the anchor's label, without its own key z_i+.
     The weight a_i is `alpha`, or 1 if P_i is empty. alpha=None sets a_i = 1 / (|P_i| + 1): SCL.
 
-    The paper has -1 / (|P_i| + 1) sum_t log [exp(w_t z_t.z_i / tau) / sum_m exp(z_m.z_i / tau)]
-    with t over z_i+ and P_i. w_t scales the logit; with the factor 1 / (|P_i| + 1) it becomes a_i
-    for z_i+ and (1 - a_i) / |P_i| for the others.
-
     query [B, D]         embeddings z_i; gradient flows to them as anchors and as contrast samples
     key [B, D]           momentum embeddings z_i+ of the same images; constant
     labels [B]           integer classes of the images
     queue [K, D]         past keys, filled slots only, K may be 0; constant
     queue_labels [K]     classes of the past keys
-    alpha                in [0, 1] or None
-    temperature          tau > 0
+    alpha, temperature   in [0, 1] or None; tau > 0
     anchors              slice of the B rows that are anchors i; all rows are contrast samples
     raises               ValueError or TypeError that names the bad argument
     """
     if alpha is not None and not (isinstance(alpha, Real) and 0 <= alpha <= 1):
-        raise ValueError(f"alpha must be a number in [0, 1] or None, got {alpha}")
+        raise ValueError(f"alpha must be a Python number in [0, 1] or None, got {alpha!r}")
     _check("query", query, (None, None), least=1)
     size, dim = query.shape
     _check("key", key, (size, dim))
@@ -46,34 +40,39 @@ def dscl_loss(
     _check("queue_labels", queue_labels, (len(queue),), integer=True)
     if not (isinstance(anchors, slice) and range(size)[anchors]):
         raise ValueError(f"anchors must be a slice of the {size} rows of query, got {anchors}")
-    query, key, queue = _full_precision(query, key.detach(), queue.detach())
+    query, key, queue = _prepare(temperature, query, key, queue)
 
     with torch.autocast(query.device.type, enabled=False):
-        # C_i is the queue and the batch. The batch is a dense matrix: its queries have gradient.
-        anchor = query[anchors]  # [A, D] z_i
-        queue_logsumexp, _ = bank_attention(anchor, queue, temperature=temperature)  # [A]
-        batch = torch.cat([query, key])  # [2B, D]
+        # C_i is the queries, which have gradient, the keys and the queue. The own key goes with
+        # the queue; in the batch it is masked, as is the anchor itself.
+        anchor, own_key = query[anchors], key[anchors]  # [A, D] z_i and z_i+
         scaled_anchor = anchor / temperature
-        logits = scaled_anchor @ batch.T  # [A, 2B]
-        own_logit = logits[:, size:][:, anchors].diagonal()  # [A] z_i+.z_i / tau
-        is_anchor = torch.zeros_like(logits, dtype=torch.bool)  # [A, 2B]
-        is_anchor[:, anchors].fill_diagonal_(True)
-        batch_logsumexp = logits.masked_fill(is_anchor, -torch.inf).logsumexp(1)  # [A]
-        logsumexp = torch.logaddexp(batch_logsumexp, queue_logsumexp)  # [A] over C_i
+        queue_logsumexp, _ = _BankAttention.apply(scaled_anchor, queue, own_key)  # [A]
+        mask = query.new_zeros(len(anchor), size)  # [A, B]
+        mask[:, anchors].fill_diagonal_(-torch.inf)
+        logits = [torch.addmm(mask, scaled_anchor, rows.T) for rows in (query, key)]  # [A, B] each
+        logsumexp = torch.cat([*logits, queue_logsumexp[:, None]], dim=1).logsumexp(1)  # [A]
 
-        # The sum over P_i uses a mask for the batch and per-class sums for the queue.
-        same_class = labels[anchors, None] == labels  # [A, B]
-        same_class[:, anchors].fill_diagonal_(False)
-        is_positive = same_class.repeat(1, 2)  # [A, 2B] neither the anchor nor its own key
-        queue_sum, queue_count = _class_sums(labels[anchors], queue, queue_labels)  # [A, D], [A]
-        num_positives = is_positive.sum(1) + queue_count  # [A] |P_i|
-        positive_sum = is_positive.to(query.dtype) @ batch + queue_sum  # [A, D] sum of z_t over P_i
-        mean_positive_logit = (scaled_anchor * positive_sum).sum(1) / num_positives.clamp(min=1)
+        # The sum over P_i is that of the anchor's class, without the anchor and its key. A class
+        # has the row of its first anchor; row A is of all classes without an anchor.
+        classes, _ = labels[anchors].long().sort()  # [A]
+        contrast_labels = torch.cat([labels, labels, queue_labels]).long()  # [2B + K]
+        row = torch.searchsorted(classes, contrast_labels).clamp_(max=len(classes) - 1)
+        row.masked_fill_(classes[row] != contrast_labels, len(classes))
+        of_query, of_key, of_queue = row.split([size, size, len(queue)])
+        class_sums = query.new_zeros(len(classes) + 1, dim)  # [A + 1, D]
+        class_sums.index_add_(0, of_key, key).index_add_(0, of_queue, queue)
+        class_sums = class_sums.index_add(0, of_query, query)
+        counts = query.new_zeros(len(classes) + 1).index_add_(0, row, query.new_ones(len(row)))
+        num_positives = counts[of_query[anchors], None] - 2  # [A, 1] |P_i|
+        positive_sum = class_sums.index_select(0, of_query[anchors]) - anchor - own_key  # [A, D]
 
-        alpha_i = 1 / (num_positives + 1)  # [A] the weight in SCL, and 1 if P_i is empty
+        alpha_i = 1 / (num_positives + 1)  # [A, 1] the weight in SCL, and 1 if P_i is empty
         if alpha is not None:  # DSCL
             alpha_i = alpha_i.masked_fill(num_positives > 0, alpha)
-        return (logsumexp - alpha_i * own_logit - (1 - alpha_i) * mean_positive_logit).mean()
+        weight = (1 - alpha_i) / num_positives.clamp(min=1)  # [A, 1] of each sample of P_i
+        target = alpha_i * own_key + weight * positive_sum  # [A, D]
+        return (logsumexp - (scaled_anchor * target).sum(1)).mean()
 
 
 def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
@@ -88,99 +87,93 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
     roi [L, B, D]        region embeddings c_i[j] of the query view, the teacher; constant
     patch [L, B, D]      embeddings s_i[j] of the same regions as patches, the student; has gradient
     key [B, D]           momentum embeddings z_i+ of the images; constant
-    queue, temperature   as in dscl_loss
-    raises               ValueError or TypeError that names the bad argument
+    queue, temperature   as in dscl_loss, also what is raised
     """
     _check("patch", patch, (None, None, None), least=1)
-    count, size, dim = patch.shape
-    _check("roi", roi, (count, size, dim))
-    _check("key", key, (size, dim))
-    _check("queue", queue, (None, dim))
-    patch, roi, key, queue = _full_precision(patch, roi.detach(), key.detach(), queue.detach())
+    _check("roi", roi, patch.shape)
+    _check("key", key, patch.shape[1:])
+    _check("queue", queue, (None, patch.shape[2]))
+    patch, roi, key, queue = _prepare(temperature, patch, roi, key, queue)
 
     with torch.autocast(patch.device.type, enabled=False):
-        # A(c) is the mean over the queue and z_i+, whose probability p(z_i+|c) is p_own.
-        logsumexp, mean = bank_attention(roi.flatten(0, 1), queue, temperature=temperature)
-        own_logit = (roi * key).sum(2) / temperature  # [L, B] z_i+.c / tau
-        p_own = (own_logit - logsumexp.view_as(own_logit)).sigmoid()[..., None]  # [L, B, 1]
-        teacher_mean = p_own * key + (1 - p_own) * mean.view_as(roi)  # [L, B, D] A(c)
-
-        # logsumexp(s) is over the queue and z_i+ as well.
-        logsumexp, _ = bank_attention(patch.flatten(0, 1), queue, temperature=temperature)
-        own_logit = (patch * key).sum(2) / temperature  # [L, B] z_i+.s / tau
-        logsumexp = torch.logaddexp(logsumexp.view_as(own_logit), own_logit)  # [L, B]
-        return (logsumexp - (patch * teacher_mean).sum(2) / temperature).mean()
-
-
-def _class_sums(labels, queue, queue_labels):
-    """Sum [B, D] and number [B] of the queue entries of each anchor's class, without a mask."""
-    ordered, _ = labels.long().sort()  # equal labels share the row of the first of them
-    slot = torch.searchsorted(ordered, queue_labels.long()).clamp(max=len(ordered) - 1)  # [K]
-    slot = torch.where(ordered[slot] == queue_labels, slot, len(ordered))  # last row: other classes
-    sums = queue.new_zeros(len(ordered) + 1, queue.shape[1]).index_add_(0, slot, queue)
-    counts = queue.new_zeros(len(ordered) + 1).index_add_(0, slot, queue.new_ones(len(slot)))
-    anchor = torch.searchsorted(ordered, labels.long())  # [B]
-    return sums[anchor], counts[anchor]
+        teacher, student = roi.flatten(0, 1) / temperature, patch.flatten(0, 1) / temperature
+        own_key = key.expand_as(patch).flatten(0, 1)  # [LB, D]
+        _, teacher_mean = _attend(teacher, queue, own_key)  # [LB, D] A(c)
+        student_logsumexp, _ = _BankAttention.apply(student, queue, own_key)  # [LB]
+        return (student_logsumexp - (student * teacher_mean).sum(1)).mean()
 
 
 # Logits in a block of 256 columns or more: 512 KB for a CPU's cache, 128 MB elsewhere.
 BLOCK = {"cpu": 2**17}
 
 
-class _BankAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, bank):
-        columns = max(256, BLOCK.get(query.device.type, 2**25) // max(1, len(query)))
-        block = query.new_empty(len(query), min(columns, len(bank)))  # used for all chunks
-        top = query.new_full((len(query), 1), -torch.inf)  # the largest logit so far
-        total = torch.zeros_like(top)  # sum_m exp(logit - top) so far
-        weighted_sum = torch.zeros_like(query)  # sum_m exp(logit - top) z_m so far
-        for chunk in bank.split(columns) if len(bank) else ():
-            logits = torch.mm(query, chunk.T, out=block[:, : len(chunk)])
-            last_top, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
+def _attend(query, bank, own_key=None):
+    """bank_attention of scaled queries; own_key [N, D] is one more entry for each of them."""
+    top = None  # the largest logit so far
+    columns = max(256, BLOCK.get(query.device.type, 2**25) // max(1, len(query)))
+    block = query.new_empty(len(query), min(columns, len(bank)))  # used for all chunks
+    for chunk in bank.split(columns) if len(bank) else ():
+        logits = torch.mm(query, chunk.T, out=block[:, : len(chunk)])
+        chunk_top = logits.amax(1, keepdim=True)
+        last_top, top = top, chunk_top if top is None else torch.maximum(top, chunk_top)
+        weights = logits.sub_(top).exp_()  # at most 1, whatever the norms
+        if last_top is None:
+            total, weighted_sum = weights.sum(1, keepdim=True), weights @ chunk
+        else:  # the sums so far were of exp(logit - last_top)
             rescale = (last_top - top).exp_()
-            weights = logits.sub_(top).exp_()
-            total.mul_(rescale).add_(weights.sum(1, keepdim=True))
-            weighted_sum.mul_(rescale).addmm_(weights, chunk)
-        mean = weighted_sum / total.clamp(min=1)  # total >= 1, or 0 for an empty bank
-        ctx.save_for_backward(mean)
-        ctx.mark_non_differentiable(mean)
-        return (top + total.log()).squeeze(1), mean
+            total.mul_(rescale).add_(weights.sum(1, keepdim=True))  # sum_m exp(logit - top)
+            weighted_sum.mul_(rescale).addmm_(weights, chunk)  # sum_m exp(logit - top) z_m
+    if len(bank):
+        logsumexp, mean = total.log().add_(top), weighted_sum.div_(total)
+    else:
+        logsumexp, mean = query.new_full((len(query), 1), -torch.inf), torch.zeros_like(query)
+    if own_key is not None:
+        # Let a be its logit and b the bank's logsumexp: p_own = e^a / (e^a + e^b) = sigmoid(a - b).
+        own_logit = (query * own_key).sum(1, keepdim=True)
+        mean.lerp_(own_key, (own_logit - logsumexp).sigmoid_())
+        logsumexp = torch.logaddexp(logsumexp, own_logit)
+    return logsumexp.squeeze(1), mean
+
+
+class _BankAttention(torch.autograd.Function):
+    forward = staticmethod(_attend)
 
     @staticmethod
-    def backward(ctx, grad_logsumexp, _):
-        if torch.is_grad_enabled():  # `mean` depends on the query, but would be taken as constant
-            raise RuntimeError("bank_attention has no second derivative; omit create_graph=True")
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_logsumexp, grad_mean):
+        if grad_mean is not None:  # the gradient below is being differentiated
+            raise RuntimeError("the losses and bank_attention have no second derivative")
         (mean,) = ctx.saved_tensors
-        return grad_logsumexp[:, None] * mean, None  # the query was divided by the temperature
+        return None if grad_logsumexp is None else grad_logsumexp[:, None] * mean, None, None
 
 
 def bank_attention(query, bank, *, temperature=0.07):
-    """Softmax attention of each query [N, D] over a constant bank [K, D], as an online softmax.
+    """Softmax attention of each query [N, D] over a constant bank [K, D], whatever their norms.
 
-    Rows may have any norm. Returns (logsumexp [N], mean [N, D]) over the bank entries z_m:
-
-        logsumexp = log sum_m exp(q.z_m / temperature)
-        mean      = sum_m p(z_m|q) z_m,   p(z_m|q) = softmax over m of q.z_m / temperature
-
-    `logsumexp` is differentiable in the query, once, at no extra cost: its gradient is exactly
-    mean / temperature. `mean` and the bank are constants. An empty bank gives -inf and 0. Raises
-    ValueError or TypeError that names the bad argument.
+    Returns logsumexp [N], of q.z_m / temperature over the entries z_m, and mean [N, D], their sum
+    weighted by softmax_m(q.z_m / temperature). Only `logsumexp` is differentiable, once, in the
+    query: its gradient is mean / temperature. An empty bank gives -inf and 0. Raises as dscl_loss.
     """
-    # A tensor would get no gradient; the inverse has to be a float32.
-    if not (isinstance(temperature, Real) and 1e-38 < temperature < float("inf")):
-        raise ValueError(f"temperature must be a number above 1e-38, got {temperature}")
     _check("query", query, (None, None))
     _check("bank", bank, (None, query.shape[1]))
-    query, bank = _full_precision(query, bank)
+    query, bank = _prepare(temperature, query, bank)
     with torch.autocast(query.device.type, enabled=False):
-        return _BankAttention.apply(query / temperature, bank.detach())
+        logsumexp, mean = _BankAttention.apply(query / temperature, bank)
+        return logsumexp, mean.detach()
 
 
-def _full_precision(*tensors):
-    """Convert half precision to float32, and all to float64 if the first tensor is float64."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [tensor.to(dtype) for tensor in tensors]
+def _prepare(tau, learned, *constants):
+    """Check tau; convert all to float32, or to float64 if `learned` is; detach the constants."""
+    # A tensor would get no gradient; the inverse has to be a float32.
+    if not (isinstance(tau, Real) and 1e-38 < tau < float("inf")):
+        allowed = "a Python number above 1e-38 (of a tensor: temperature.item())"
+        raise ValueError(f"temperature must be {allowed}, got {tau!r}")
+    dtype = torch.promote_types(learned.dtype, torch.float32)
+    return learned.to(dtype), *(tensor.detach().to(dtype) for tensor in constants)
 
 
 def _check(name, tensor, shape, least=0, integer=False):

@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         Without patches c and s are None.
         """
         feature_maps = self.feature_maps(view)
-        z = self.heads(means(feature_maps))
+        z = self.heads(global_average_pool(feature_maps))
         if patches is None:
             return z, None, None
         with torch.no_grad():
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
             c = self.heads(torch.stack(regions))
         # All L x B patches are one batch, which does not change BatchNorm's running statistics.
         with frozen_running_statistics(self):
-            s = self.heads(means(self.feature_maps(patches.flatten(0, 1))))
+            s = self.heads(global_average_pool(self.feature_maps(patches.flatten(0, 1))))
         return z, c, s.unflatten(1, patches.shape[:2])
 
     def feature_maps(self, view):
@@ -72,15 +72,15 @@ class Encoder(nn.Module):
 class Heads(nn.ModuleList):
     """One head for each expert: features [E, ..., C] to outputs [E, ..., D]."""
 
-    def forward(self, rows):
-        return torch.stack([head(of_expert) for head, of_expert in zip(self, rows)])
+    def forward(self, features):
+        return torch.stack([head(part) for head, part in zip(self, features)])
 
 
 class UnitLength(nn.Module):
-    """L2-normalise rows, in float32 even under autocast."""
+    """L2-normalise embeddings [..., D], in float32 even under autocast."""
 
-    def forward(self, rows):
-        return F.normalize(rows.float(), dim=-1)
+    def forward(self, embeddings):
+        return F.normalize(embeddings.float(), dim=-1)
 
 
 def projection(channels, dim=128):
@@ -89,7 +89,7 @@ def projection(channels, dim=128):
     return nn.Sequential(*hidden, nn.Linear(channels, dim), UnitLength())
 
 
-def means(feature_maps):
+def global_average_pool(feature_maps):
     """The features [E, B, C]: the mean of each expert's feature map over its cells."""
     return torch.stack([maps.mean((2, 3)) for maps in feature_maps])
 
@@ -97,8 +97,8 @@ def means(feature_maps):
 def roi_means(feature_map, boxes, view_size):
     """RoIAlign every box [L, B, 4], in pixels of the view, to 2 x 2 and average: [L, B, C]."""
     count, size, _ = boxes.shape
-    rows = torch.arange(size, device=boxes.device, dtype=boxes.dtype).repeat(count)
-    rois = torch.cat([rows[:, None], boxes.flatten(0, 1)], dim=1)
+    image_index = torch.arange(size, device=boxes.device, dtype=boxes.dtype).repeat(count)
+    rois = torch.cat([image_index[:, None], boxes.flatten(0, 1)], dim=1)
     scale = feature_map.shape[-1] / view_size
     # Without aligned=True every box would be shifted by half a cell.
     regions = roi_align(feature_map.float(), rois, 2, spatial_scale=scale, aligned=True)
@@ -153,11 +153,11 @@ class Queue(nn.Module):
     @torch.no_grad()
     def put(self, keys, labels):
         """Replace the oldest entries by keys [E, B, D], labels [B]; only the last `size` stay."""
-        first = max(len(labels) - self.size, 0)  # earlier ones would be overwritten at once
-        slots = torch.arange(self.written + first, self.written + len(labels), device=keys.device)
+        skipped = max(len(labels) - self.size, 0)  # these would be overwritten at once
+        slots = torch.arange(self.written + skipped, self.written + len(labels), device=keys.device)
         slots %= max(self.size, 1)
-        self.key_slots[:, slots] = keys[:, first:]
-        self.label_slots[slots] = labels[first:]
+        self.key_slots[:, slots] = keys[:, skipped:]
+        self.label_slots[slots] = labels[skipped:]
         self.written += len(labels)
 
     def get_extra_state(self):
@@ -190,8 +190,8 @@ def cifar_resnet(blocks, channels, strides):
         if (inputs, 1) != (outputs, stride):
             convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
             shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
-        first = BasicBlock(inputs, outputs, stride, shortcut)
-        return nn.Sequential(first, *[BasicBlock(outputs, outputs) for _ in range(blocks - 1)])
+        strided = BasicBlock(inputs, outputs, stride, shortcut)
+        return nn.Sequential(strided, *[BasicBlock(outputs, outputs) for _ in range(blocks - 1)])
 
     stem, *rest = strides
     layers = dict(
@@ -213,8 +213,8 @@ def smallest_sides(arch):
     """Side lengths, in pixels, of the smallest useful view and of the smallest useful patch.
 
     The last feature map of a view needs 2 x 2 cells: all regions of a single cell are the same. A
-    patch may shrink to one cell only at the last stride: if it does so earlier, gradients in
-    bfloat16 on CPUs differ from run to run (torch 2.14).
+    patch may shrink to one cell only at the last stride: if it does so earlier, bfloat16 gradients
+    of convolutions are wrong by any factor on x86 CPUs (torch 2.14); on ARM they are right.
     """
     halvings = 2 if arch in SMALL_ARCHS else 5  # a stride halves a side, rounding up
     return 2**halvings + 1, 2 ** (halvings - 1) + 1

@@ -46,7 +46,7 @@ import data
 import train
 from data import BatchDataset, Draws, ImageFiles
 from losses import BLOCK, dscl_loss, pbsd_loss
-from models import Encoder, Queue, frozen_running_statistics, means, roi_means
+from models import Encoder, Queue, frozen_running_statistics, global_average_pool, roi_means
 
 BATCH, QUEUE, DIM, PATCHES, CLASSES = 256, 65536, 128, 5, 1000
 BATCH_INPUT = 32  # 256 on eight GPUs
@@ -162,29 +162,36 @@ def compare(args, makes):
 # ------------------------------------------------------------------------------------- losses
 
 
-def dense_losses(query, key, labels, queue, queue_labels, roi, patch, alpha=0.1, temperature=0.07):
-    """DSCL and PBSD written out with masks and [B, K] matrices, as the published code has them."""
-    size = len(query)
-    contrast = torch.cat([query, key, queue])
-    mask = (labels[:, None] == torch.cat([labels, labels, queue_labels])).float()
-    others = torch.ones_like(mask).fill_diagonal_(0)
-    own = torch.zeros_like(mask)
-    own[torch.arange(size), torch.arange(size) + size] = 1
-    mates = mask * others - own
-    count = mates.sum(1, keepdim=True)
-    share = torch.where(count > 0, alpha, 1.0)
-    weights = share * own + (1 - share) * mates / count.clamp(min=1)
-    logits = query @ contrast.T / temperature
+def dense_losses(z, z_plus, y, M, y_M, c, s, alpha=0.1, tau=0.07):
+    """The definition of both losses, with the paper's names, masks and dense matrices.
+
+    z, z_plus [B, D]: queries z_i and keys z_i+; M [K, D]: the queue; y, y_M: labels; c, s
+    [L, B, D]: regions c_i[j], the teacher, and patches s_i[j], the student. With t over z_i+ and
+    P_i, w_t = alpha (|P_i| + 1) for z_i+ and (1 - alpha) (|P_i| + 1) / |P_i| for the others:
+
+        DSCL_i = -1 / (|P_i| + 1) sum_t log [exp(w_t z_t.z_i / tau) / sum_m exp(z_m.z_i / tau)]
+        PBSD_i = 1/L sum_j sum_t -p(z_t|c_i[j]) log p(z_t|s_i[j]),  t over z_i+ and M
+    """
+    B = len(z)
+    contrast = torch.cat([z, z_plus, M])  # [2B + K, D] z_m
+    same_class = (y[:, None] == torch.cat([y, y, y_M])).float()  # [B, 2B + K]
+    not_itself = torch.ones_like(same_class).fill_diagonal_(0)  # m runs over all but the anchor
+    own_key = torch.zeros_like(same_class)
+    own_key[torch.arange(B), torch.arange(B) + B] = 1
+    P = same_class * not_itself - own_key  # 1 for the positives P_i
+    P_size = P.sum(1, keepdim=True)  # [B, 1] |P_i|
+    alpha = torch.where(P_size > 0, alpha, 1.0)  # with P_i empty, all weight is that of z_i+
+    w = alpha * own_key + (1 - alpha) * P / P_size.clamp(min=1)  # w_t / (|P_i| + 1), sum 1
+    logits = z @ contrast.T / tau
     logits = logits - logits.max(dim=1, keepdim=True).values.detach()
-    log_total = (logits.exp() * others).sum(1, keepdim=True).log()
-    dscl = -((logits - log_total) * weights).sum(1).mean()
+    log_total = (logits.exp() * not_itself).sum(1, keepdim=True).log()
+    dscl = -((logits - log_total) * w).sum(1).mean()
 
-    def bank_logits(embedding):
-        own_logit = (embedding * key).sum(-1, keepdim=True)
-        return torch.cat([own_logit, embedding @ queue.T], dim=-1) / temperature
+    def logits_of(q):  # [L, B, 1 + K] over z_i+ and M
+        return torch.cat([(q * z_plus).sum(-1, keepdim=True), q @ M.T], dim=-1) / tau
 
-    teacher = bank_logits(roi).softmax(-1)
-    return dscl, -(teacher * bank_logits(patch).log_softmax(-1)).sum(-1).mean()
+    p = logits_of(c).softmax(-1)  # p(z_t|c)
+    return dscl, -(p * logits_of(s).log_softmax(-1)).sum(-1).mean()
 
 
 def our_losses(query, key, labels, queue, queue_labels, roi, patch):
@@ -205,12 +212,13 @@ def floor_losses(query, key, labels, queue, queue_labels, roi, patch):
 LOSSES = {"dense": dense_losses, "ours": our_losses, "floor": floor_losses}
 
 
-def losses_of(side, device):
+def losses_of(side, device, sizes=None):
     """A step (forward, backward) of a side and a small one; each returns losses and gradients."""
+    of_step = sizes or (BATCH, QUEUE, PATCHES)
 
-    def step_on(batch, size):
+    def step_on(batch, size, patches):
         torch.manual_seed(0)
-        shapes = [(batch, DIM), (batch, DIM), (size, DIM), *[(PATCHES, batch, DIM)] * 2]
+        shapes = [(batch, DIM), (batch, DIM), (size, DIM), *[(patches, batch, DIM)] * 2]
         rows = [F.normalize(torch.randn(shape), dim=-1).to(device) for shape in shapes]
         query, key, queue, roi, patch = rows
         labels, queue_labels = (torch.randint(CLASSES, (n,)).to(device) for n in (batch, size))
@@ -223,15 +231,17 @@ def losses_of(side, device):
 
         return step
 
-    return step_on(BATCH, QUEUE), step_on(64, 64)
+    return step_on(*of_step), step_on(64, 64, of_step[2])
 
 
 def losses(args):
-    sizes = f"B = {BATCH}, K = {QUEUE}, D = {DIM}, L = {PATCHES}"
-    print(f"DSCL + PBSD, forward and backward, float32: {sizes}")
+    sizes = batch, queue, patches = (args.batch_size or [BATCH])[0], args.queue, args.patches
+    print("DSCL + PBSD, forward and backward, float32: "
+          f"B = {batch}, K = {queue}, D = {DIM}, L = {patches}")
     print("floor: only the matrix products and exponentials of ours, in the same blocks")
     print(f"{args.rounds} rounds; {machine(args.device)}\n")
-    results = compare(args, {side: partial(losses_of, side) for side in LOSSES}).values()
+    makes = {side: partial(losses_of, side, sizes=sizes) for side in LOSSES}
+    results = compare(args, makes).values()
     names = "DSCL", "PBSD", "gradient at query", "gradient at patch"
     for name, dense, ours, _ in zip(names, *results):
         difference = ((dense - ours).abs().max() / dense.abs().max()).item()
@@ -257,7 +267,9 @@ def images_of(args, device):
     """uint8 images [B, C, H, W] of random pixels, in the shape that the loader returns."""
     shape = 3, args.view_size, args.view_size
     if data.cropped_on_device(args.dataset):
-        shape = data.load_dataset(args.dataset, data.HERE / "tests")["train"].images.shape[1:]
+        with mock.patch.object(data, "say"):  # every process and side would repeat the data set
+            sets = data.load_dataset(args.dataset, data.HERE / "tests")
+        shape = sets["train"].images.shape[1:]
     return torch.randint(256, (args.batch_size, *shape), dtype=torch.uint8).to(device)
 
 
@@ -315,7 +327,7 @@ class Straightforward(Ours):
 
     def loss(self, view, boxes, patches, key_view, labels):
         feature_maps, m = self.encoder.feature_maps(view), self.args.momentum_encoder
-        z = self.encoder.heads(means(feature_maps))
+        z = self.encoder.heads(global_average_pool(feature_maps))
         s = torch.stack([self.encoder(patch)[0][0] for patch in patches])
         with torch.no_grad():
             averages = self.key_encoder.parameters()
@@ -590,6 +602,8 @@ def main():
     parser.add_argument("--batch-size", nargs="+", type=int, metavar="N", help=text)
     parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs for input and held")
     for flag, default, text in (
+        ("--queue", QUEUE, "keys K in the queue, for losses"),
+        ("--patches", PATCHES, "patches L of a view, for losses"),
         ("--rounds", 7, "timed rounds"), ("--batches", 12, "batches a round, for input and held"),
     ):
         text += f" (default: {default})"

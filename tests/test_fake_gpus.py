@@ -23,7 +23,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def eight_gpus(monkeypatch):
-    # A generator and pinned memory need a real GPU. The order of the keys is real: it is the host's.
+    # A generator and pinned memory need a real GPU. The host knows the order of the keys.
     unseeded = argparse.Namespace(manual_seed=lambda seed: None)
     monkeypatch.setattr(torch, "Generator", lambda device=None: unseeded)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
@@ -85,7 +85,10 @@ def test_features_and_predictions_of_stage_2_stay_on_the_gpu(eight_gpus, monkeyp
 
 
 def test_costs_of_a_step_hardly_grow_with_the_number_of_gpus():
-    few, many = benchmark.costs_of(8), benchmark.costs_of(512)
+    try:
+        few, many = benchmark.costs_of(8), benchmark.costs_of(512)
+    except fake_tensor.UnsupportedOperatorException:
+        pytest.skip("this version of torch has no fake all_to_all_single")
     assert many.products < 1.15 * few.products and many.largest == few.largest
     # At most queries, keys and gradients of all [16384, 128], the rank's images, and labels.
     assert few.received < many.received < 3 * 16384 * 128 * 4 + 32 * 3 * 224**2 + 16384 * 8

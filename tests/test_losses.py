@@ -164,8 +164,35 @@ def test_gradients_pass_gradcheck():
 @pytest.mark.parametrize("loss", [dscl_of, pbsd_of])
 def test_second_derivatives_are_refused(loss):
     b = batch()
+    rows = b["query" if loss is dscl_of else "patch"]
+    (gradient,) = torch.autograd.grad(loss(b), rows, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss(b), [b["query"], b["patch"]], create_graph=True, allow_unused=True)
+        (gradient.norm() + rows.norm()).backward()  # as in a gradient penalty
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("loss, name", [(dscl_of, "query"), (pbsd_of, "patch")])
+def test_torch_func_gives_the_same_gradients(loss, name):
+    b = batch()
+    (expected,) = torch.autograd.grad(loss(b), b[name])
+    rows = b[name].detach()
+    gradient = torch.func.grad(lambda part: loss(b | {name: part}))
+    assert torch.equal(gradient(rows), expected)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(lambda p: gradient(p).norm())(rows)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_mean_over_parts_of_the_anchors_is_the_loss_of_all(ranks):
+    b = batch()
+    per_rank = len(b["labels"]) // ranks
+    slices = [slice(r * per_rank, (r + 1) * per_rank) for r in range(ranks)]
+    parts = torch.stack([dscl_of(b, anchors=rows) for rows in slices]).mean()
+    close(parts, dscl_of(b), 1e-12)
+    close(*(torch.autograd.grad(loss, b["query"])[0] for loss in (parts, dscl_of(b))), 1e-12)
+    for wrong in (slice(6, 9), range(2), 1):
+        with pytest.raises(ValueError, match="^anchors must be a slice of the 6 rows"):
+            dscl_of(b, anchors=wrong)
 
 
 def test_only_query_and_patch_receive_gradient():
@@ -330,6 +357,8 @@ def test_temperature_must_be_a_positive_number(value):
     for call in (dscl_of, pbsd_of):
         with pytest.raises((ValueError, TypeError), match="^temperature must"):
             call(b, temperature=value)
+    with pytest.raises(ValueError, match=r"Python number .* temperature.item\(\)\), got tensor"):
+        dscl_of(b, temperature=torch.tensor(0.07))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, "0.1", torch.tensor(0.1)])
