@@ -51,11 +51,10 @@ LOG_EVERY = 10  # steps; there is a record at the end of every epoch as well
 def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     """DSCL + PBSD on one batch: a dict of the total `loss`, of `dscl` and, with patches, of `pbsd`.
 
-    Each is the mean over this rank's B of the batch's N images; the mean over ranks, which DDP
-    takes of the gradients, is the loss of the batch. With --loss scl, `dscl` is the plain SCL.
-    images: a pair of uint8 [B, C, H, W], for the query views and for the key views. They are two
-    random crops of each image or, if the data set is held in memory, twice the whole images, from
-    which the views are cropped here. labels is [B]. `batch` (ShuffledBatch) has the random numbers.
+    Each is the mean over this rank's B of the batch's N images; DDP averages its gradient over the
+    ranks. With --loss scl, `dscl` is the plain SCL. images: a pair of uint8 [B, C, H, W], for query
+    and key views: two random crops, or twice the whole images, which are then cropped here. labels:
+    [B]. batch: a ShuffledBatch, which has the random numbers.
     """
     # 1. Views (Algorithm 1 of the supplementary). Patches are cut from the query view, inside its
     # boxes, before its colours change. The key views are of B other images of the N: otherwise the
@@ -64,8 +63,7 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     count = args.patches if args.pbsd_weight else 0  # L; if it is 0, boxes and patches are None
     view, boxes, patches = data.query_views(for_query, batch.draws(), args, count)
     # [B, 3, V, V], [L, B, 4], [L, B, 3, S, S]
-    for_key = batch.shuffle(for_key)  # [B, C, H, W]
-    key_view = data.key_view(for_key, batch.draws(keys=True), args)  # [B, 3, V, V]
+    key_view = data.key_view(batch.shuffle(for_key), batch.draws(keys=True), args)  # [B, 3, V, V]
 
     # 2. Embeddings by each of E experts: vectors of length 1, float32. No gradient flows into the
     # regions' c and the keys z+. The key encoder's average is updated before the step, as in MoCo.
@@ -78,22 +76,20 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
             all_keys = batch.gather_unshuffled(shuffled_keys)  # [E, N, D]
     all_queries, all_labels = gather_queries(z), gather(labels)  # [E, N, D], [N]
 
-    # 3. The losses of this rank's images. In DSCL the queries and keys of all ranks are contrast
-    # samples; the published code takes those of the local rank.
-    own, tau, alpha = batch.positions, args.temperature, args.alpha  # own: this rank's of N
-    dscl, pbsd = [], []
-    for e in range(args.experts):  # each expert has its own embeddings, queue and losses
-        dscl.append(dscl_loss(
-            all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels,
-            alpha=None if args.loss == "scl" else alpha, temperature=tau, anchors=own))
+    # 3. The losses of this rank's images, for each expert with its own queue. In DSCL the queries
+    # and keys of all ranks are contrast samples; the published code takes those of the local rank.
+    own, tau = batch.positions, args.temperature
+    alpha, dscl, pbsd = None if args.loss == "scl" else args.alpha, [], []
+    for e in range(args.experts):
+        dscl.append(dscl_loss(all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels,
+                              alpha=alpha, temperature=tau, anchors=own))
         if args.pbsd_weight:
             keys = all_keys[e, own]  # [B, D]
             pbsd.append(pbsd_loss(c[e], s[e], keys, queue.keys[e], temperature=tau))
     values = dict(dscl=torch.stack(dscl).mean())
-    loss = values["dscl"]
     if pbsd:
         values["pbsd"] = torch.stack(pbsd).mean()
-        loss = loss + args.pbsd_weight * values["pbsd"]
+    loss = values["dscl"] + args.pbsd_weight * values.get("pbsd", 0)
 
     # 4. The queue may change before backward(), which reads none of its tensors.
     queue.put(all_keys, all_labels)
@@ -313,7 +309,7 @@ class _GatherQueries(torch.autograd.Function):
         return gather(z, dim=1)
 
     @staticmethod
-    def backward(ctx, gradient):  # [E, N, D] of this rank's loss; those of all ranks are added
+    def backward(ctx, gradient):  # [E, N, D]; the sum over ranks, as the loss of each depends on z
         sent = torch.stack(gradient.chunk(dist.get_world_size(), dim=1))  # [ranks, E, B, D]
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
@@ -352,11 +348,11 @@ class ShuffledBatch:
             order = torch.randperm(args.batch_size, generator=torch.Generator().manual_seed(seed))
             # Each rank's keys are sorted by image, because images come in the order of senders.
             order = np.sort(order.numpy().reshape(world, -1)).flatten()  # [N] the image of each key
-            place = order.argsort()
-            # How many images come from and go to each rank: known without waiting for the GPU.
-            ranks = [every[positions] * world // len(every) for every in (order, place)]
+            both = np.stack([order, order.argsort()])
+            # How many images come from and go to each rank: the host knows it without the GPU.
+            ranks = both[:, positions] * world // args.batch_size
             self.counts = [np.bincount(rank, minlength=world).tolist() for rank in ranks]
-            both = torch.tensor(np.stack([order, place]))
+            both = torch.tensor(both)
             both = both.pin_memory() if device.type == "cuda" else both
             order, self.place_of_key = both.to(device, non_blocking=True)
             self.key_positions = order[positions]
