@@ -507,9 +507,10 @@ def decode_16_bits(image, note):
         pixels = (pixels >> (bits - 8)).astype(np.uint8)
     levels = int(pixels.max()) + 1
     if levels <= 16:
-        note("levels", f"{image.filename}: its {bits}-bit values are below {levels << (bits - 8):,} "
-             f"of {2**bits:,}, which leaves {levels} of 256 levels: multiply the values of such "
-             f"images by {256 // levels}, or save them with 8 bits")
+        end = levels << (bits - 8)
+        note("levels", f"{image.filename}: its {bits}-bit values are below {end:,} of {2**bits:,}, "
+             f"which leaves {levels} of 256 levels: multiply the values of such images by "
+             f"{256 // levels}, or save them with 8 bits")
     # "White is zero" (tag 262): Pillow inverts files of 1 and 8 bits only.
     if is_grey and image.format == "TIFF" and image.tag_v2.get(262, 0) == 0:
         pixels = 255 - pixels

@@ -224,9 +224,9 @@ def load_pretrained(encoder, arch, source):
     """Load weights of torchvision's architecture into every expert's backbone.
 
     source is torchvision's name of weights (IMAGENET1K_V1), which are downloaded once, or a file: a
-    checkpoint.pth or model.pth of ours, or one with the weights as such, as "state_dict" or "model",
-    also under names with a common prefix, such as module.encoder_q. of MoCo; other weights are left
-    out. Raises ValueError on a mismatch.
+    checkpoint.pth or model.pth of ours, or weights as such, as "state_dict" or "model", also under
+    names with a common prefix, such as module.encoder_q. of MoCo; other weights are left out.
+    Raises ValueError on a mismatch.
     """
     names = {} if arch in SMALL_ARCHS else get_model_weights(arch).__members__
     try:

@@ -582,7 +582,8 @@ def held(args):
         memory = proportional_megabytes() - before
         rates, _ = rates_of(dict(anew=loader(files, 1), once=loader(once, 1)), args)
         rows = [[f"{name}, one data loading process", "images a second", "speed"]]
-        show(rows + [[how, spread(own, 0), ratio(own, rates["anew"])] for how, own in rates.items()])
+        rows += [[how, spread(own, 0), ratio(own, rates["anew"])] for how, own in rates.items()]
+        show(rows)
         pixels = sum(image.nbytes for image in once.pixels) / 2**20
         print(f"{len(files)} images with {cores} cores: reading once {start:.1f} s, an epoch of "
               f"reading anew {epoch:.1f} s; {1024 * pixels / len(files):.1f} KB held for each; "
