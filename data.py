@@ -409,13 +409,20 @@ class ImageFiles:
             with self.opened(index) as image:
                 pixels = decode(image, min(image.size) / side)
                 pixels = resize(pixels, [min(side, *pixels.shape[1:])], antialias=True)
-                return turned(pixels, exif_orientation(image) if self.upright else 1).numpy()
+                return turned(pixels, exif_orientation(image) if self.upright else 1)
 
-        pixels, progress = [], Progress(len(self))
+        pixels, few, progress = [], [], Progress(len(self))
         with ThreadPool(threads) as pool:
-            for image in pool.imap(read, range(len(self)), 8):
-                pixels.append(torch.from_numpy(image))
-                progress.show(len(pixels), f"reading images: {len(pixels):,} of {len(self):,}")
+            for done, image in enumerate(pool.imap(read, range(len(self)), 8), 1):
+                few.append(image.permute(1, 2, 0))  # channels last, as resize() is fast
+                # Copied to large blocks they leave no gaps in memory between decoded images.
+                if done == len(self) or sum(map(torch.numel, few)) > 2**26:
+                    block = torch.cat([image.flatten() for image in few])
+                    parts = block.split([image.numel() for image in few])
+                    parts = [part.view(image.shape) for part, image in zip(parts, few)]
+                    pixels += [part.permute(2, 0, 1) for part in parts]
+                    few = []
+                progress.show(done, f"reading images: {done:,} of {len(self):,}")
         self.pixels = pixels
 
 
