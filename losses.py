@@ -42,16 +42,16 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
         raise ValueError(f"anchors must be a slice of the {size} rows of query, got {anchors}")
     query, key, queue = _prepare(temperature, query, key, queue)
 
-    with torch.autocast(query.device.type, enabled=False):
-        # C_i is the queries, which have gradient, the keys and the queue. The own key goes with
-        # the queue; in the batch it is masked, as is the anchor itself.
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        # The contrast set C_i: the queries without the anchor itself, the keys, and the queue.
         anchor, own_key = query[anchors], key[anchors]  # [A, D] z_i and z_i+
-        scaled_anchor = anchor / temperature
-        queue_logsumexp, _ = _BankAttention.apply(scaled_anchor, queue, own_key)  # [A]
-        mask = query.new_zeros(len(anchor), size)  # [A, B]
-        mask[:, anchors].fill_diagonal_(-torch.inf)
-        logits = [torch.addmm(mask, scaled_anchor, rows.T) for rows in (query, key)]  # [A, B] each
-        logsumexp = torch.cat([*logits, queue_logsumexp[:, None]], dim=1).logsumexp(1)  # [A]
+        scaled_anchor, batch = anchor / temperature, torch.cat([query, key])  # [A, D], [2B, D]
+        logits = scaled_anchor @ batch.T  # [A, 2B]
+        logits[:, :size][:, anchors].fill_diagonal_(-torch.inf)
+        top = logits.amax(1, keepdim=True)  # [A, 1]
+        weights = logits.sub_(top).exp_()  # [A, 2B]
+        sums = weights.sum(1, keepdim=True), weights @ batch
+        logsumexp, mean = _attend(scaled_anchor, queue, top, *sums)  # [A, 1], [A, D]
 
         # The sum over P_i is that of the anchor's class, without the anchor and its key. A class
         # has the row of its first anchor; row A is of all classes without an anchor.
@@ -59,20 +59,27 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
         contrast_labels = torch.cat([labels, labels, queue_labels]).long()  # [2B + K]
         row = torch.searchsorted(classes, contrast_labels).clamp_(max=len(classes) - 1)
         row.masked_fill_(classes[row] != contrast_labels, len(classes))
-        of_query, of_key, of_queue = row.split([size, size, len(queue)])
+        of_query, of_anchor = row[:size], row[:size][anchors]
         class_sums = query.new_zeros(len(classes) + 1, dim)  # [A + 1, D]
-        class_sums.index_add_(0, of_key, key).index_add_(0, of_queue, queue)
-        class_sums = class_sums.index_add(0, of_query, query)
+        class_sums.index_add_(0, row[: 2 * size], batch).index_add_(0, row[2 * size :], queue)
         counts = query.new_zeros(len(classes) + 1).index_add_(0, row, query.new_ones(len(row)))
-        num_positives = counts[of_query[anchors], None] - 2  # [A, 1] |P_i|
-        positive_sum = class_sums.index_select(0, of_query[anchors]) - anchor - own_key  # [A, D]
+        num_positives = counts[of_anchor, None] - 2  # [A, 1] |P_i|
+        positive_sum = class_sums[of_anchor] - anchor - own_key  # [A, D]
 
         alpha_i = 1 / (num_positives + 1)  # [A, 1] the weight in SCL, and 1 if P_i is empty
         if alpha is not None:  # DSCL
             alpha_i = alpha_i.masked_fill(num_positives > 0, alpha)
         weight = (1 - alpha_i) / num_positives.clamp(min=1)  # [A, 1] of each sample of P_i
         target = alpha_i * own_key + weight * positive_sum  # [A, D]
-        return (logsumexp - (scaled_anchor * target).sum(1)).mean()
+        loss = (logsumexp - (scaled_anchor * target).sum(1, keepdim=True)).mean()
+
+        # The gradient in the queries as contrast samples, in logsumexp and in positive_sum, ...
+        p = weights[:, :size] * (top - logsumexp).exp_()  # [A, B] softmax over C_i
+        class_sums.zero_().index_add_(0, of_anchor, weight * scaled_anchor)
+        gradient = torch.addmm(class_sums[of_query], p.T, scaled_anchor, beta=-1)  # [B, D]
+        # ... and as anchors; an anchor is not its own positive.
+        gradient[anchors] += weight * scaled_anchor + (mean - target) / temperature
+    return _WithGradient.apply(query, loss, gradient / len(anchor))[0]
 
 
 def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
@@ -95,48 +102,48 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
     _check("queue", queue, (None, patch.shape[2]))
     patch, roi, key, queue = _prepare(temperature, patch, roi, key, queue)
 
-    with torch.autocast(patch.device.type, enabled=False):
-        teacher, student = roi.flatten(0, 1) / temperature, patch.flatten(0, 1) / temperature
-        own_key = key.expand_as(patch).flatten(0, 1)  # [LB, D]
-        _, teacher_mean = _attend(teacher, queue, own_key)  # [LB, D] A(c)
-        student_logsumexp, _ = _BankAttention.apply(student, queue, own_key)  # [LB]
-        return (student_logsumexp - (student * teacher_mean).sum(1)).mean()
+    with torch.no_grad(), torch.autocast(patch.device.type, enabled=False):
+        both = torch.cat([roi, patch]).flatten(0, 1) / temperature  # [2LB, D] teacher, student
+        own_key = key.repeat(2 * len(patch), 1)  # [2LB, D]
+        own_logit = (both * own_key).sum(1, keepdim=True)
+        logsumexp, mean = _attend(both, queue, own_logit, torch.ones_like(own_logit), own_key)
+        _, student_logsumexp = logsumexp.chunk(2)  # [LB, 1]
+        teacher_mean, student_mean = mean.chunk(2)  # [LB, D] A(c) and A(s)
+        _, student = both.chunk(2)  # [LB, D]
+        loss = (student_logsumexp - (student * teacher_mean).sum(1, keepdim=True)).mean()
+        gradient = (student_mean - teacher_mean) / (temperature * len(student))
+    return _WithGradient.apply(patch, loss, gradient.view_as(patch))[0]
 
 
 # Logits in a block of 256 columns or more: 512 KB for a CPU's cache, 128 MB elsewhere.
 BLOCK = {"cpu": 2**17}
 
 
-def _attend(query, bank, own_key=None):
-    """bank_attention of scaled queries; own_key [N, D] is one more entry for each of them."""
-    top = None  # the largest logit so far
+def _attend(query, bank, top, total, weighted_sum):
+    """Attention of scaled queries over a bank and the entries before it: logsumexp [N, 1], mean.
+
+    Of the entries before, top [N, 1] is the largest logit, total [N, 1] the sum of exp(logit - top)
+    and weighted_sum [N, D] that of exp(logit - top) z_m; the last two are changed in place.
+    """
     columns = max(256, BLOCK.get(query.device.type, 2**25) // max(1, len(query)))
     block = query.new_empty(len(query), min(columns, len(bank)))  # used for all chunks
     for chunk in bank.split(columns) if len(bank) else ():
         logits = torch.mm(query, chunk.T, out=block[:, : len(chunk)])
-        chunk_top = logits.amax(1, keepdim=True)
-        last_top, top = top, chunk_top if top is None else torch.maximum(top, chunk_top)
+        last_top, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
         weights = logits.sub_(top).exp_()  # at most 1, whatever the norms
-        if last_top is None:
-            total, weighted_sum = weights.sum(1, keepdim=True), weights @ chunk
-        else:  # the sums so far were of exp(logit - last_top)
-            rescale = (last_top - top).exp_()
-            total.mul_(rescale).add_(weights.sum(1, keepdim=True))  # sum_m exp(logit - top)
-            weighted_sum.mul_(rescale).addmm_(weights, chunk)  # sum_m exp(logit - top) z_m
-    if len(bank):
-        logsumexp, mean = total.log().add_(top), weighted_sum.div_(total)
-    else:
-        logsumexp, mean = query.new_full((len(query), 1), -torch.inf), torch.zeros_like(query)
-    if own_key is not None:
-        # Let a be its logit and b the bank's logsumexp: p_own = e^a / (e^a + e^b) = sigmoid(a - b).
-        own_logit = (query * own_key).sum(1, keepdim=True)
-        mean.lerp_(own_key, (own_logit - logsumexp).sigmoid_())
-        logsumexp = torch.logaddexp(logsumexp, own_logit)
-    return logsumexp.squeeze(1), mean
+        rescale = (last_top - top).exp_()  # the sums so far were of exp(logit - last_top)
+        total.mul_(rescale).add_(weights.sum(1, keepdim=True))
+        weighted_sum.mul_(rescale).addmm_(weights, chunk)
+    # The total is at least 1, or 0 of no entries.
+    return total.log().add_(top), weighted_sum.div_(total.clamp_(min=1))
 
 
-class _BankAttention(torch.autograd.Function):
-    forward = staticmethod(_attend)
+class _WithGradient(torch.autograd.Function):
+    """(value, gradient): a value and its gradient in `learned`, both computed without autograd."""
+
+    @staticmethod
+    def forward(learned, value, gradient):
+        return value.clone(), gradient.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -144,11 +151,11 @@ class _BankAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_logsumexp, grad_mean):
-        if grad_mean is not None:  # the gradient below is being differentiated
+    def backward(ctx, grad_value, grad_gradient):
+        if grad_gradient is not None:
             raise RuntimeError("the losses and bank_attention have no second derivative")
-        (mean,) = ctx.saved_tensors
-        return None if grad_logsumexp is None else grad_logsumexp[:, None] * mean, None, None
+        (gradient,) = ctx.saved_tensors
+        return None if grad_value is None else grad_value[..., None] * gradient, None, None
 
 
 def bank_attention(query, bank, *, temperature=0.07):
@@ -161,19 +168,22 @@ def bank_attention(query, bank, *, temperature=0.07):
     _check("query", query, (None, None))
     _check("bank", bank, (None, query.shape[1]))
     query, bank = _prepare(temperature, query, bank)
-    with torch.autocast(query.device.type, enabled=False):
-        logsumexp, mean = _BankAttention.apply(query / temperature, bank)
-        return logsumexp, mean.detach()
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        top = query.new_full((len(query), 1), -torch.inf)  # there are no entries before the bank
+        sums = torch.zeros_like(top), torch.zeros_like(query)
+        logsumexp, mean = _attend(query / temperature, bank, top, *sums)
+        logsumexp = logsumexp.squeeze(1)
+    return _WithGradient.apply(query, logsumexp, mean / temperature)[0], mean
 
 
 def _prepare(tau, learned, *constants):
-    """Check tau; convert all to float32, or to float64 if `learned` is; detach the constants."""
+    """Check tau; convert all to float32, or to float64 if `learned` is."""
     # A tensor would get no gradient; the inverse has to be a float32.
     if not (isinstance(tau, Real) and 1e-38 < tau < float("inf")):
         allowed = "a Python number above 1e-38 (of a tensor: temperature.item())"
         raise ValueError(f"temperature must be {allowed}, got {tau!r}")
     dtype = torch.promote_types(learned.dtype, torch.float32)
-    return learned.to(dtype), *(tensor.detach().to(dtype) for tensor in constants)
+    return [tensor.to(dtype) for tensor in (learned, *constants)]
 
 
 def _check(name, tensor, shape, least=0, integer=False):

@@ -200,7 +200,7 @@ def our_losses(query, key, labels, queue, queue_labels, roi, patch):
 
 def floor_losses(query, key, labels, queue, queue_labels, roi, patch):
     """The matrix products and exponentials of our losses alone, in blocks of the same shapes."""
-    for rows in (query.detach(), roi.flatten(0, 1), patch.detach().flatten(0, 1)):
+    for rows in (query.detach(), torch.cat([roi, patch.detach()]).flatten(0, 1)):
         columns = max(256, BLOCK.get(rows.device.type, 2**25) // len(rows))
         block, sums = rows.new_empty(len(rows), min(columns, len(queue))), torch.empty_like(rows)
         for chunk in queue.split(columns):
