@@ -41,45 +41,58 @@ def dscl_loss(query, key, labels, queue, queue_labels, *, alpha=0.1, temperature
     if not (isinstance(anchors, slice) and range(size)[anchors]):
         raise ValueError(f"anchors must be a slice of the {size} rows of query, got {anchors}")
     query, key, queue = _prepare(temperature, query, key, queue)
-
+    contrast_labels = torch.cat([labels, labels, queue_labels])
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        # The contrast set C_i: the queries without the anchor itself, the keys, and the queue.
-        anchor, own_key = query[anchors], key[anchors]  # [A, D] z_i and z_i+
-        scaled_anchor, batch = anchor / temperature, torch.cat([query, key])  # [A, D], [2B, D]
-        logits = scaled_anchor @ batch.T  # [A, 2B]
-        logits[:, :size][:, anchors].fill_diagonal_(-torch.inf)
-        top = logits.amax(1, keepdim=True)  # [A, 1]
-        weights = logits.sub_(top).exp_()  # [A, 2B]
-        sums = weights.sum(1, keepdim=True), weights @ batch
-        logsumexp, mean = _attend(scaled_anchor, queue, top, *sums)  # [A, 1], [A, D]
+        results = _dscl(query, key, queue, contrast_labels, alpha, temperature, anchors)
+    return _WithGradient.apply(query, *results)[0]
 
-        # The sum over P_i is that of the anchor's class, without the anchor and its key. A class
-        # has the row of its first anchor; row A is of all classes without an anchor.
-        classes, _ = labels[anchors].long().sort()  # [A]
-        contrast_labels = torch.cat([labels, labels, queue_labels]).long()  # [2B + K]
-        row = torch.searchsorted(classes, contrast_labels).clamp_(max=len(classes) - 1)
-        row.masked_fill_(classes[row] != contrast_labels, len(classes))
-        of_query, of_anchor = row[:size], row[:size][anchors]
-        class_sums = query.new_zeros(len(classes) + 1, dim)  # [A + 1, D]
-        class_sums.index_add_(0, row[: 2 * size], batch).index_add_(0, row[2 * size :], queue)
-        counts = query.new_zeros(len(classes) + 1).index_add_(0, row, query.new_ones(len(row)))
-        num_positives = counts[of_anchor, None] - 2  # [A, 1] |P_i|
-        positive_sum = class_sums[of_anchor] - anchor - own_key  # [A, D]
 
-        alpha_i = 1 / (num_positives + 1)  # [A, 1] the weight in SCL, and 1 if P_i is empty
-        if alpha is not None:  # DSCL
-            alpha_i = alpha_i.masked_fill(num_positives > 0, alpha)
-        weight = (1 - alpha_i) / num_positives.clamp(min=1)  # [A, 1] of each sample of P_i
-        target = alpha_i * own_key + weight * positive_sum  # [A, D]
-        loss = (logsumexp - (scaled_anchor * target).sum(1, keepdim=True)).mean()
+def _dscl(query, key, queue, contrast_labels, alpha, temperature, anchors):
+    """dscl_loss and its gradient in the queries; contrast_labels [2B + K] are of all samples."""
+    # The contrast set C_i: the queries without the anchor itself, the keys, and the queue.
+    size, dim = query.shape
+    anchor, own_key = query[anchors], key[anchors]  # [A, D] z_i and z_i+
+    scaled_anchor, batch = anchor / temperature, torch.cat([query, key])  # [A, D], [2B, D]
+    logits = scaled_anchor @ batch.T  # [A, 2B]
+    logits[:, :size][:, anchors].fill_diagonal_(-torch.inf)
+    top = logits.amax(1, keepdim=True)  # [A, 1]
+    exp_logits = logits.sub_(top).exp_()  # [A, 2B]
+    sums = exp_logits.sum(1, keepdim=True), exp_logits @ batch
+    logsumexp, mean = _attend(scaled_anchor, queue, top, *sums)  # [A, 1], [A, D]
 
-        # The gradient in the queries as contrast samples, in logsumexp and in positive_sum, ...
-        p = weights[:, :size] * (top - logsumexp).exp_()  # [A, B] softmax over C_i
-        class_sums.zero_().index_add_(0, of_anchor, weight * scaled_anchor)
-        gradient = torch.addmm(class_sums[of_query], p.T, scaled_anchor, beta=-1)  # [B, D]
-        # ... and as anchors; an anchor is not its own positive.
-        gradient[anchors] += weight * scaled_anchor + (mean - target) / temperature
-    return _WithGradient.apply(query, loss, gradient / len(anchor))[0]
+    # The sum over P_i is that of the anchor's class, without the anchor and its key.
+    row = _rows_of_classes(contrast_labels, contrast_labels[:size][anchors])
+    of_query, of_anchor = row[:size], row[:size][anchors]
+    class_sums = query.new_zeros(len(anchor) + 1, dim)  # [A + 1, D]
+    class_sums.index_add_(0, row[: 2 * size], batch).index_add_(0, row[2 * size :], queue)
+    counts = query.new_zeros(len(anchor) + 1).index_add_(0, row, query.new_ones(len(row)))
+    num_positives = counts[of_anchor, None] - 2  # [A, 1] |P_i|
+    positive_sum = class_sums[of_anchor] - anchor - own_key  # [A, D]
+
+    alpha_i = 1 / (num_positives + 1)  # [A, 1] the weight in SCL, and 1 if P_i is empty
+    if alpha is not None:  # DSCL
+        alpha_i = alpha_i.masked_fill(num_positives > 0, alpha)
+    weight = (1 - alpha_i) / num_positives.clamp(min=1)  # [A, 1] of each sample of P_i
+    target = alpha_i * own_key + weight * positive_sum  # [A, D]
+    loss = (logsumexp - (scaled_anchor * target).sum(1, keepdim=True)).mean()
+
+    # The gradient in the queries as contrast samples, in logsumexp and in positive_sum, ...
+    p = exp_logits[:, :size] * (top - logsumexp).exp_()  # [A, B] softmax over C_i
+    class_sums.zero_().index_add_(0, of_anchor, weight * scaled_anchor)
+    gradient = torch.addmm(class_sums[of_query], p.T, scaled_anchor, beta=-1)  # [B, D]
+    # ... and as anchors; an anchor is not its own positive.
+    gradient[anchors] += weight * scaled_anchor + (mean - target) / temperature
+    return loss, gradient / len(anchor)
+
+
+def _rows_of_classes(labels, anchor_labels):
+    """The row of the class of each label in a table of A + 1 rows, where A is the anchors' number.
+
+    A class has the row of its first anchor, in order; the last is of all classes without an anchor.
+    """
+    classes, _ = anchor_labels.long().sort()
+    row = torch.searchsorted(classes, labels.long()).clamp_(max=len(classes) - 1)
+    return row.masked_fill_(classes[row] != labels, len(classes))
 
 
 def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
@@ -134,8 +147,7 @@ def _attend(query, bank, top, total, weighted_sum):
         rescale = (last_top - top).exp_()  # the sums so far were of exp(logit - last_top)
         total.mul_(rescale).add_(weights.sum(1, keepdim=True))
         weighted_sum.mul_(rescale).addmm_(weights, chunk)
-    # The total is at least 1, or 0 of no entries.
-    return total.log().add_(top), weighted_sum.div_(total.clamp_(min=1))
+    return total.log().add_(top), weighted_sum.div_(total)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -153,27 +165,9 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_value, grad_gradient):
         if grad_gradient is not None:
-            raise RuntimeError("the losses and bank_attention have no second derivative")
+            raise RuntimeError("the losses have no second derivative")
         (gradient,) = ctx.saved_tensors
         return None if grad_value is None else grad_value[..., None] * gradient, None, None
-
-
-def bank_attention(query, bank, *, temperature=0.07):
-    """Softmax attention of each query [N, D] over a constant bank [K, D], whatever their norms.
-
-    Returns logsumexp [N], of q.z_m / temperature over the entries z_m, and mean [N, D], their sum
-    weighted by softmax_m(q.z_m / temperature). Only `logsumexp` is differentiable, once, in the
-    query: its gradient is mean / temperature. An empty bank gives -inf and 0. Raises as dscl_loss.
-    """
-    _check("query", query, (None, None))
-    _check("bank", bank, (None, query.shape[1]))
-    query, bank = _prepare(temperature, query, bank)
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        top = query.new_full((len(query), 1), -torch.inf)  # there are no entries before the bank
-        sums = torch.zeros_like(top), torch.zeros_like(query)
-        logsumexp, mean = _attend(query / temperature, bank, top, *sums)
-        logsumexp = logsumexp.squeeze(1)
-    return _WithGradient.apply(query, logsumexp, mean / temperature)[0], mean
 
 
 def _prepare(tau, learned, *constants):
