@@ -391,6 +391,8 @@ class ImageFiles:
         are not kept: workers read them in every epoch.
         """
         side = math.ceil(cfg.view_size / cfg.crop_scale[0] ** 0.5)  # of the smallest square crop
+        # 12 megapixels are decoded at a quarter: of the smallest crops, 1 %, some grow by 6 %.
+        least = 0.94 * side
 
         def shrunk_bytes(index):
             with self.opened(index) as image:
@@ -407,7 +409,7 @@ class ImageFiles:
 
         def read(index):
             with self.opened(index) as image:
-                pixels = decode(image, min(image.size) / side)
+                pixels = decode(image, min(image.size) / least)
                 pixels = resize(pixels, [min(side, *pixels.shape[1:])], antialias=True)
                 return turned(pixels, exif_orientation(image) if self.upright else 1)
 

@@ -707,6 +707,14 @@ def test_held_images_give_the_views_of_their_files_and_are_read_once(tmp_path, c
         data.ImageFiles(tmp_path, names, [0] * 3, "made").hold(cfg, threads=2)
 
 
+def test_held_jpegs_are_decoded_at_a_fraction_that_makes_crops_grow_by_six_percent_at_most(tmp_path):
+    for name, height in (("0.jpg", 224), ("1.jpg", 218)):  # a quarter is 0.95 or 0.93 of 59
+        Image.fromarray(photograph(np.random.default_rng(0), 300, height)).save(tmp_path / name)
+    files = data.ImageFiles(tmp_path, [b"0.jpg", b"1.jpg"], [0] * 2, "made")
+    files.hold(small_cfg("small_imagefolder", view_size=32), threads=1)
+    assert [image.shape[1] for image in files.pixels] == [56, 59]
+
+
 def test_more_images_than_memory_allows_are_not_held(tmp_path, capsys, monkeypatch):
     Image.fromarray(np.zeros((60, 100, 3), np.uint8)).save(tmp_path / "0.png")
     files = data.ImageFiles(tmp_path, [b"0.png"] * 100, [0] * 100, "made")
