@@ -65,48 +65,49 @@ def main():
     prepare_output(args)
     encoder = load_encoder(cfg, saved.pop("encoder"), len(counts), args.seed, device, keep_heads)
 
-    # Fit the classifier, and choose it on val if there is a test set to report on.
+    # Fit the classifier. Val may be used if there is a test set to report on.
     reported = "test" if "test" in sets else "val"
     chosen_on = "val" if reported == "test" and "val" in sets and not keep_heads else None
-    choice = dict(accuracy=None, error=None)
+    epoch = penalty = None
     if args.classifier == "balanced":
-        choice = train_classifier(encoder, sets["train"], sets.get(chosen_on), args, cfg, processes)
+        epoch = train_classifier(encoder, sets["train"], sets.get(chosen_on), args, cfg, processes)
     classifier = Classifier.of(encoder.heads)
     # The features come after `balanced`, which may change the statistics of BatchNorm.
-    used = sets if args.classifier == "adjusted" else {reported, chosen_on}
+    used = list(sets) if args.classifier == "adjusted" else [reported, chosen_on]
     features = {split: split_features(encoder, dataset, args, cfg, processes)
                 for split, dataset in sets.items() if split in used}
     if args.classifier == "adjusted":
-        penalties = penalties_to_try(args.penalty, len(sets["train"]))
-        classifier, choice = fit_classifier(features, labels, penalties, chosen_on)
+        penalty = args.penalty or 10 / len(sets["train"])
+        classifier = fit_heads(features["train"], labels["train"], penalty)
 
-    # Set the prior. Images as they come teach that classes are as frequent as in training.
+    # Set the prior. A classifier fitted on images as they come expects classes as frequent as in
+    # training; one of class-balanced batches or of --loss la expects equal frequencies.
     training = counts.double() / counts.sum()
     priors = dict(training=training, balanced=torch.ones_like(training))
     as_they_come = args.classifier == "adjusted" or (keep_heads and cfg.loss == "ce")
     fitted_for, prior = priors["training" if as_they_come else "balanced"], priors[args.prior]
     classifier = set_prior(classifier, fitted_for, prior)
 
-    # Calibrate on val.
-    temperature = None
+    # Choose the temperature on val, and measure the accuracy there, too.
+    temperature, on_val = None, None
     if chosen_on:
-        on_val = classifier.logits(features[chosen_on])[0]
-        temperature = best_temperature(on_val, labels[chosen_on], prior)
+        logits = classifier.logits(features[chosen_on])[0]
+        temperature = best_temperature(logits, labels[chosen_on], prior)
+        on_val = evaluate(logits[None], labels[chosen_on], counts, prior, temperature)
 
     # Evaluate the test set once.
     logits = classifier.logits(features[reported])
     results = evaluate(logits, labels[reported], counts, prior, temperature)
     results |= dict(
-        classes=cfg.classes, reported_on=reported, chosen_on=chosen_on, val=choice["accuracy"],
-        val_standard_error=choice["error"], classifier=args.classifier, epoch=choice.get("epoch"),
-        penalty=choice.get("penalty"), prior=args.prior, fit_on=args.fit_on,
-        arguments=to_json(args),
+        classes=cfg.classes, reported_on=reported, chosen_on=chosen_on, on_val=on_val,
+        val=on_val and on_val["all"], classifier=args.classifier, epoch=epoch, penalty=penalty,
+        prior=args.prior, fit_on=args.fit_on, arguments=to_json(args),
     )
 
     # Write. With --fit-on all, model.pth gets another classifier than the one that was measured.
     final = classifier, temperature, f"{len(sets['train'])} training images"
     if args.fit_on == "all":
-        final = fit_on_all(features, labels, choice["penalty"], prior)
+        final = fit_on_all(features, labels, penalty, prior)
     if rank == 0:
         write_results(args, results, sets[reported], logits)
         write_model(args, cfg, encoder, results, *final)
@@ -224,62 +225,12 @@ def set_prior(classifier, fitted_for, wanted):
     return classifier._replace(bias=classifier.bias + shift.to(classifier.bias))
 
 
-def penalties_to_try(given, images):
-    """The values for --penalty: the first counts unless val knows better (choose).
-
-    0 stands for 10 / images, the same |W|^2 against the sum of all cross-entropies on every data
-    set; alone, it stands for a third, three times, a tenth and ten times as much as well.
-    """
-    default = 10 / images
-    if given == [0]:
-        return [factor * default for factor in (1, 1 / 3, 3, 1 / 10, 10)]
-    return [penalty or default for penalty in given]
-
-
-def choose(right, labels):
-    """The index of the classifier to take: 0 unless another is better by over one standard error.
-
-    right [classifiers, N] tells which of N images each classifies correctly, labels [N] are their
-    classes. What counts is the difference of class means on the same images; as in McNemar's test,
-    its standard error is that of no difference: the root of the summed squares of what each image
-    contributes.
-    """
-    weights = image_weights(labels, torch.ones(int(labels.max()) + 1))
-    differences = weights * (right.double() - right[0].double())
-    gains = differences.sum(1).clamp(min=0)
-    gains[gains.square() <= differences.square().sum(1)] = 0
-    return int(gains.argmax())  # the first of equals
-
-
-def fit_classifier(features, labels, penalties, chosen_on):
-    """Fit a classifier on train, for classes as frequent as there, with the penalty to choose.
-
-    features {split: [E, N, C]}, labels {split: [N]}. Without a split to choose on it is the first.
-    Returns it and {"penalty", "accuracy" and its standard "error" on the split}. Every rank solves
-    the same problem on all features, 1 GB for ImageNet-LT and a ResNet-50.
-    """
-    counts = labels["train"].bincount()
-    if not chosen_on:
-        fitted = fit_heads(features["train"], labels["train"], penalties[0])
-        return fitted, dict(penalty=penalties[0], accuracy=None, error=None)
-    fitted, choices, right = [], [], []
-    for penalty in penalties:
-        fitted.append(fit_heads(features["train"], labels["train"], penalty))
-        balanced = set_prior(fitted[-1], counts, torch.ones(len(counts)))
-        predicted = balanced.logits(features[chosen_on])[0].argmax(1)
-        right.append(predicted == labels[chosen_on])
-        accuracy, error = class_mean(predicted, labels[chosen_on], len(counts))
-        choices.append(dict(penalty=penalty, accuracy=accuracy, error=error))
-        data.say(f"classifier, penalty {penalty:.3g}  val {with_error(accuracy, error)}")
-    best = choose(torch.stack(right), labels[chosen_on])
-    return fitted[best], choices[best]
-
-
 def fit_heads(features, labels, penalty):
     """The classifier of features [E, N, C] by logistic regression for each expert.
 
     It expects classes as frequent as in labels [N]. The features are standardised, and weight and
-    bias converted so that they apply to the original features.
+    bias converted so that they apply to the original features. Every rank solves the same problem
+    on all features, 1 GB for ImageNet-LT and a ResNet-50.
     """
     weights, biases = [], []
     for of_expert in features:
@@ -351,12 +302,11 @@ def fit_on_all(features, labels, penalty, prior, folds=5):
 def train_classifier(encoder, train_set, val_set, args, cfg, processes):
     """Train the heads by SGD with class-balanced sampling, as the paper does.
 
-    The encoder ends with the weights of the best epoch on val_set or, without one, of the last.
-    Returns {"epoch", "accuracy" and its standard "error" on val_set}. Continues from
-    classifier.pth.
+    The encoder ends with the weights of the best epoch on val_set or, without one, of the last,
+    which is returned. Continues from classifier.pth.
     """
     rank, world, device = processes
-    path, classes = args.output / "classifier.pth", len(encoder.heads[0].bias)
+    path, counts = args.output / "classifier.pth", train_set.labels.bincount()
     sgd = dict(lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     optimizer = torch.optim.SGD(encoder.heads.parameters(), **sgd)
     epoch, best, saved = 0, None, resume_classifier(path, args, device)
@@ -386,24 +336,24 @@ def train_classifier(encoder, train_set, val_set, args, cfg, processes):
         if (step + 1) % per_epoch == 0:
             epoch = (step + 1) // per_epoch
             train.average_statistics(encoder)
-            accuracy = error = None
+            on_val = None
             if val_set:
                 features = split_features(encoder, val_set, args, cfg, processes)
                 predicted = Classifier.of(encoder.heads).logits(features)[0].argmax(1)
-                accuracy, error = class_mean(predicted, val_set.labels, classes)
-            if best is None or val_set is None or accuracy > best["accuracy"]:
-                state = copy.deepcopy(encoder.state_dict())
-                best = dict(accuracy=accuracy, error=error, epoch=epoch, model=state)
+                on_val = metrics(predicted[:, None], val_set.labels, counts)
+            if not best or not on_val or on_val["all"] > best["accuracy"]:
+                best = dict(accuracy=on_val and on_val["all"], epoch=epoch)
+                best["model"] = copy.deepcopy(encoder.state_dict())
             state = dict(model=encoder.state_dict(), optimizer=optimizer.state_dict())
             if rank == 0:
                 save(path, dict(stage=STAGE, args=to_json(args), epoch=epoch, best=best, **state))
             done = step + 1 - batches.steps.start
             rate = done * args.batch_size / (time.monotonic() - began)
             text = f"classifier, epoch {epoch}/{args.epochs}  loss {loss.item() / len(logits):.3f}"
-            text += f"  val {with_error(accuracy, error)}" if val_set else ""
+            text += f"  val {accuracy_words(on_val)}" if on_val else ""
             progress.show(done, f"{text}  {rate:.0f} images/s")
-    encoder.load_state_dict(best.pop("model"))
-    return best
+    encoder.load_state_dict(best["model"])
+    return best["epoch"]
 
 
 def resume_classifier(path, args, device):
@@ -525,17 +475,14 @@ def mean_and_error(right, tested, weights):
     return round((weights @ accuracies).item(), 6), round(error.item(), 6)
 
 
-def class_mean(predicted, labels, classes):
-    """The mean of the class accuracies of predicted [N], labels [N], and its standard error."""
-    right = labels[predicted == labels].bincount(minlength=classes)
-    return mean_and_error(right, labels.bincount(minlength=classes), torch.ones(classes))
-
-
-def with_error(accuracy, error=None):
+def with_error(accuracy, error):
     """Text such as 84.32 ± 0.51."""
-    if accuracy is None:
-        return "-"
-    return f"{accuracy:.2f}" if error is None else f"{accuracy:.2f} ± {error:.2f}"
+    return "-" if accuracy is None else f"{accuracy:.2f} ± {error:.2f}"
+
+
+def accuracy_words(results, name="all"):
+    """An accuracy of metrics() with its standard error, as text."""
+    return with_error(results[name], results["standard_errors"][name])
 
 
 def evaluate(logits, labels, counts, prior, temperature):
@@ -630,21 +577,20 @@ def write_results(args, results, dataset, logits):
 
     print(table(results))
     if results["experts"]:
-        pairs = [(one["all"], one["standard_errors"]["all"]) for one in results["experts"]]
-        print("each expert alone: " + ", ".join(with_error(*pair) for pair in pairs))
+        print("each expert alone: " + ", ".join(map(accuracy_words, results["experts"])))
     for line in worst_confusions(predicted, dataset.labels, names):
         print(line)
-    chosen = f"temperature {results['temperature']:.2f}, chosen on val"
-    chosen = chosen if results["chosen_on"] else "not calibrated"
+    chosen, on_val = "not calibrated", results["on_val"]
+    if on_val:
+        error = on_val["calibration"]["error"]
+        chosen = f"temperature {results['temperature']:.2f}, chosen on val (± {error:.1f} points)"
     print(f"probabilities: {calibration_words(results['calibration'])}; {chosen}")
     before, after = results["calibration_error"].values()
     if after is not None:
         print(f"expected calibration error {after:.1f} %, before {before:.1f} %")
     words = classifier_words(results)
-    if results["chosen_on"]:
-        on_val = with_error(results["val"], results["val_standard_error"])
-        note = " with the balanced prior" if results["prior"] == "training" else ""
-        words += f", chosen on val ({on_val}{note})"
+    if on_val:
+        words += f"; val {accuracy_words(on_val)}"
     data.say(f"on {results['reported_on']}; {words}; {path}")
 
 
@@ -686,12 +632,12 @@ def table(results):
     """The results as a table to print."""
     titles = dict(many="many-shot, > 100", medium="medium-shot", few="few-shot, < 20")
     counts, images = (torch.tensor(results[name]) for name in ("counts", "reported_counts"))
-    split, errors = results["reported_on"], results["standard_errors"]
+    split = results["reported_on"]
     rows = [("", "classes", "training images", f"{split} images", "top-1 ± s.e.")]
 
     def add(title, name, *cells):
         cells = cells or ("", "", "")
-        rows.append((title, *cells, with_error(results[name], errors[name])))
+        rows.append((title, *cells, accuracy_words(results, name)))
 
     for name, mask in shot_groups(counts).items():
         if mask.any():
@@ -810,6 +756,8 @@ def summary(runs):
             settings = comparable(results["arguments"], ignored)
             seeds = results["arguments"]["seed"], results["arguments"]["stage1"]["seed"]
             accuracies = [results[name] for name in names]
+            cells = [accuracy_words(results, name) for name in names[:-1]]
+            cells.append(accuracy_words(results["on_val"]) if results["on_val"] else "-")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{run}/results.json cannot be read ({error}): run eval.py") from None
         key = tuple((name, json.dumps(value)) for name, value in sorted(settings.items()))
@@ -817,8 +765,6 @@ def summary(runs):
         if seeds in members:
             data.say(f"{run} has the arguments and seed of {members[seeds][0]}: counted once")
             continue
-        errors = results.get("standard_errors", {}) | dict(val=results.get("val_standard_error"))
-        cells = [with_error(*pair) for pair in zip(accuracies, map(errors.get, names))]
         members[seeds] = run, accuracies, cells
 
     lines = ["".join(f"{name:>16}" for name in names)]
@@ -855,11 +801,11 @@ def draw_accuracy(directory, results):
     height, left = (18, 300) if named else (2, 40)
     image = Image.new("RGB", (left + 430, top + height * len(order) + 6), "white")
     draw, font, groups = ImageDraw.Draw(image), load_font(), shot_groups(counts)
-    title = f"top-1 on {split}, mean of classes {with_error(results['all'], errors['all'])}"
+    title = f"top-1 on {split}, mean of classes {accuracy_words(results)}"
     title += f"; beside a name: training and {split} images" if named else ""
     draw.text((6, 4), title, "black", font)
     for n, name in enumerate(name for name in groups if results[name] is not None):
-        text = f"{name} {with_error(results[name], errors[name])}"
+        text = f"{name} {accuracy_words(results, name)}"
         draw.text((6 + 160 * n, 24), text, GROUP_COLORS[name], font)
     for percent in range(0, 101, 20):
         x = left + 4 * percent

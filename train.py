@@ -708,8 +708,7 @@ STAGE2 = [
      "predict as if all classes were equally frequent, or as frequent as in training", {}),
     ("fit_on", "train", ("train", "all"), "all: when the accuracy has been measured, fit adjusted "
      "on all splits, for predictions", {}),
-    ("penalty", [0.0], (0, 1e6), "on the squared weights, for adjusted: the first, unless another "
-     "is clearly better on val; 0: 10 / training images, and 1/10 to 10 times as much on val. The "
+    ("penalty", 0.0, (0, 1e6), "of the squared weights, for adjusted; 0: 10 / training images. The "
      "flags below are for balanced", {}),
     ("epochs", 40, (0, 1e6),
      "passes over the training set; 0 evaluates the classifier of --loss ce or la", {SMALL: 20}),

@@ -17,9 +17,9 @@ from PIL import Image
 import eval as stage2
 import train
 from data import BadInput, ImageArrays
-from eval import Classifier, best_temperature, calibration, calibration_error, choose, evaluate
-from eval import features_of, fit_classifier, fit_heads, fit_on_all, load_encoder, metrics
-from eval import penalties_to_try, regression, set_prior, table, worst_confusions
+from eval import Classifier, best_temperature, calibration, calibration_error, evaluate
+from eval import features_of, fit_heads, fit_on_all, load_encoder, metrics
+from eval import regression, set_prior, table, worst_confusions
 
 CPU = torch.device("cpu")
 
@@ -108,41 +108,18 @@ def test_errors_weigh_classes_as_the_mean_does():
         assert errors[name] == pytest.approx(expected)
 
 
-def test_val_changes_the_penalty_only_by_more_than_one_standard_error():
-    labels = torch.tensor([0] * 10 + [1] * 10)
-    right = torch.zeros(4, 20, dtype=torch.bool)
-    right[:, :5] = True
-    right[1, 19] = True  # one image more is exactly one standard error
-    assert choose(right, labels) == 0
-    right[2, 17:] = True  # three images more, none less: 3 / sqrt(3) errors
-    assert choose(right, labels) == 2
-    right[3, 12:20], right[3, :5] = True, False  # eight more, five less: 3 / sqrt(13) errors
-    assert choose(right[[0, 3]], labels) == 0
-    right[0] = True
-    assert choose(right, labels) == 0
-    # A class counts by its mean: the only image of class 2 outweighs three of ten.
-    labels = torch.cat([labels, torch.tensor([2])])
-    right = torch.zeros(2, 21, dtype=torch.bool)
-    right[0, 20], right[1, :3] = True, True
-    assert choose(right, labels) == 0
-
-
-def test_penalty_is_ten_by_the_number_of_images_unless_given():
-    expected = [0.004, 0.004 / 3, 0.012, 0.0004, 0.04]
-    assert penalties_to_try([0.0], 2500) == pytest.approx(expected)
-    assert penalties_to_try([0.03, 0, 0.1], 2500) == [0.03, 0.004, 0.1]
-
-
-def test_worst_confusions_are_listed_by_rate():
-    labels = torch.tensor([0] * 10 + [1] * 10 + [2] * 4)
-    predicted = torch.tensor([0] * 6 + [1] * 4 + [0] + [1] * 9 + [1, 1, 2, 2])
-    names = ["Shirt", "T-shirt", "Coat"]
-    assert worst_confusions(predicted, labels, names) == [  # four coats say too little
-        "Shirt predicted as T-shirt: 40 % of 10 images",
-        "T-shirt predicted as Shirt: 10 % of 10 images",
-    ]
-    predicted[10:20] = 1
-    assert len(worst_confusions(predicted, labels, names)) == 1  # always right: not named
+def test_few_val_images_leave_a_temperature_as_uncertain_as_is_said():
+    generator, prior = torch.Generator().manual_seed(0), torch.ones(4)
+    logits = 2 * torch.randn(20000, 4, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    gaps, errors = [], []
+    for few in torch.randperm(20000, generator=generator)[:6000].split(60):
+        temperature = best_temperature(3 * logits[few], labels[few], prior)
+        new = calibration(3 * logits / temperature, labels, prior)
+        gaps.append(new["mean_probability"] - new["accuracy"])
+        errors.append(calibration(3 * logits[few] / temperature, labels[few], prior)["error"])
+    rms, said = torch.tensor(gaps).square().mean().sqrt(), torch.tensor(errors).mean()
+    assert 4 < said < 6 and 0.7 * said < rms < 1.1 * said
 
 
 def test_temperature_makes_the_probabilities_those_of_the_labels():
@@ -343,9 +320,7 @@ def test_classifiers_are_fitted_per_expert_and_apply_to_raw_features():
     labels = torch.arange(140) % 7
     features = 5 + 3 * torch.randn(2, 140, 128) + 4 * torch.randn(2, 7, 128)[:, labels]
     features[:, :, 9] = 0  # a constant feature
-    sets = dict(train=features), dict(train=labels)
-    fitted, choice = fit_classifier(*sets, [0.01, 1.0], None)
-    assert choice == dict(penalty=0.01, accuracy=None, error=None)  # the first, without val
+    fitted = fit_heads(features, labels, 0.01)
     logits = set_prior(fitted, labels.bincount() / 140, torch.ones(7)).logits(features)
     std, mean = torch.std_mean(features, 1)
     standardised = (features - mean[:, None]) / std.clamp(min=1e-6)[:, None]
@@ -379,7 +354,9 @@ def write_results(run, accuracies, seed=0, alpha=0.1, lr=10.0):
     stage1 = dict(seed=seed, alpha=alpha, loss="dscl", output=str(run), amp="bf16", images={})
     arguments = dict(seed=0, lr=lr, output=str(run), plots=None) | dict(stage1=stage1)
     groups = dict(zip(("many", "medium", "few", "all", "val"), accuracies))
-    groups |= dict(standard_errors=dict(many=2.0, all=1.5), val_standard_error=3.0)
+    groups |= dict(standard_errors=dict(many=2.0, medium=2.0, few=None, all=1.5))
+    on_val = dict(all=groups["val"], standard_errors=dict(all=3.0))
+    groups["on_val"] = on_val if groups["val"] else None
     (run / "results.json").write_text(json.dumps(groups | dict(arguments=arguments)))
     return run
 
@@ -400,12 +377,14 @@ def test_summary_groups_runs_that_differ_only_in_seed(tmp_path, capsys):
     assert header.split() == ["many", "medium", "few", "all", "val"]
     assert legend.startswith("±: of a run the standard error, of a mean the standard deviation")
     assert [row.split() for row in rows] == [
-        "90.00 ± 2.00 80.00 - 70.00 ± 1.50 60.00 ± 3.00 a".split(),
-        "92.00 ± 2.00 81.00 - 74.00 ± 1.50 - b".split(),
+        "90.00 ± 2.00 80.00 ± 2.00 - 70.00 ± 1.50 60.00 ± 3.00 a".split(),
+        "92.00 ± 2.00 81.00 ± 2.00 - 74.00 ± 1.50 - b".split(),
         "91.00 ± 1.41 80.50 ± 0.71 - 72.00 ± 2.83 - mean of 2 seeds, lr 10.0, "
         "stage1 alpha 0.1".split(),
-        "50.00 ± 2.00 40.00 - 30.00 ± 1.50 20.00 ± 3.00 c, lr 10.0, stage1 alpha null".split(),
-        "50.00 ± 2.00 40.00 - 35.00 ± 1.50 20.00 ± 3.00 d, lr 1.0, stage1 alpha 0.1".split(),
+        "50.00 ± 2.00 40.00 ± 2.00 - 30.00 ± 1.50 20.00 ± 3.00 c, lr 10.0, "
+        "stage1 alpha null".split(),
+        "50.00 ± 2.00 40.00 ± 2.00 - 35.00 ± 1.50 20.00 ± 3.00 d, lr 1.0, "
+        "stage1 alpha 0.1".split(),
     ]
     (tmp_path / "b" / "results.json").write_text("[1]")
     for run in (tmp_path / "b", tmp_path / "unfinished"):
@@ -604,7 +583,7 @@ def test_flags_that_a_command_does_not_use_are_refused(flags, evaluated, monkeyp
 def test_val_in_brackets_is_named_under_the_prior_of_training(evaluated):
     _, evaluate_run = evaluated
     said = evaluate_run("--penalty", 0.1, "--prior", "training").err
-    assert re.search(r"chosen on val \(\d+\.\d\d ± \d+\.\d\d with the balanced prior\)", said)
+    assert re.search(r"classifier adjusted, penalty 0.1; val \d+\.\d\d ± \d+\.\d\d; ", said)
 
 
 def test_differences_of_lists_show_what_came_and_went():

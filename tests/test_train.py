@@ -242,17 +242,19 @@ def test_loss_is_the_mean_over_experts(monkeypatch):
     assert torch.equal(part.queue.keys[:, newest], keys)
 
 
-def test_adjusted_classifier_is_chosen_on_val_and_reproducible(trained, tmp_path, call):
+def test_adjusted_classifier_is_measured_on_val_and_reproducible(
+    trained, small_root, tmp_path, call
+):
     options = ["--checkpoint", trained[0] / "checkpoint.pth", "--output"]
     results = []
     for name in "ab":
-        said = call(stage2, *options, tmp_path / name, "--penalty", 0.01, 1.0).err
+        said = call(stage2, *options, tmp_path / name).err
         results.append(json.loads((tmp_path / name / "results.json").read_text()))
-        tried = re.findall(r"penalty (\S+)  val (\S+) ± \S+\n", said)
-        best, accuracy = max(tried, key=lambda pair: float(pair[1]))
-        assert len(tried) == 2 and results[-1]["penalty"] == float(best)
-        assert f"{results[-1]['val']:.2f}" == accuracy and results[-1]["classifier"] == "adjusted"
-        assert results[-1]["epoch"] is None
+        penalty = 10 / len(load_dataset("fashion_mnist_lt", small_root)["train"])
+        assert results[-1]["penalty"] == penalty
+        says = f"classifier adjusted, penalty {penalty:.3g}; val {results[-1]['val']:.2f} ± "
+        assert says in said
+        assert results[-1]["epoch"] is None and results[-1]["classifier"] == "adjusted"
     assert results[0]["per_class"] == results[1]["per_class"]
     model = torch.load(tmp_path / "a" / "model.pth", weights_only=True)["model"]
     encoder = Encoder("resnet_tiny", classes=10)
@@ -266,7 +268,7 @@ def test_adjusted_classifier_is_chosen_on_val_and_reproducible(trained, tmp_path
     ):
         with pytest.raises(BadInput, match=says):
             call(stage2, *options, tmp_path / "d", *flags)
-    for place, flags in ((trained[0], []), (tmp_path / "a", BALANCED), (tmp_path / "b", [])):
+    for place, flags in ((trained[0], []), (tmp_path / "a", BALANCED), (tmp_path / "b", ["--penalty", 1])):
         before = (place / "results.json").read_bytes()  # is never overwritten by another stage 2
         says = "results.json belongs to another run .*choose --checkpoint .* with another --output"
         with pytest.raises(BadInput, match=says):
