@@ -1,4 +1,4 @@
-"""Check a data set; and views and patches, data sets and batches (cfg: train.py's arguments).
+"""Data sets, views and patches, and batches; as a command, check a data set.
 
     python data.py --dataset imagenet_lt               # check a data set: counts, missing files
     python data.py --dataset imagenet_lt --decode      # and that every image can be decoded
@@ -391,7 +391,8 @@ class ImageFiles:
         are not kept: workers read them in every epoch.
         """
         side = math.ceil(cfg.view_size / cfg.crop_scale[0] ** 0.5)  # of the smallest square crop
-        # 12 megapixels are decoded at a quarter: of the smallest crops, 1 %, some grow by 6 %.
+        # 6 % less, so that 12-megapixel photographs are decoded at a quarter of their size. Of the
+        # crops about 1 % grow then, by up to 6 %.
         least = 0.94 * side
 
         def shrunk_bytes(index):
@@ -642,7 +643,7 @@ def read_cifar(files, root, imbalance, download):
     if not 1 <= imbalance <= 1e4:
         raise BadInput(f"--imbalance: must be from 1 to 10000, got {imbalance}")
     try:
-        train, test = (files(root, train=train, download=download) for train in (True, False))
+        train, test = (files(root, train=is_train, download=download) for is_train in (True, False))
     except (RuntimeError, OSError) as error:
         reason = f" ({str(error).splitlines()[0]})" if download else ""
         raise BadInput(f"{root} has no complete {files.base_folder}{reason}: data.py with "

@@ -1,9 +1,9 @@
 """The two losses of "Decoupled Contrastive Learning for Long-Tailed Recognition" (AAAI 2024).
 
-Read dense_losses in tests/benchmark.py first: it defines both losses in 25 lines of plain matrices,
-with the paper's names. dscl_loss and pbsd_loss have the same values, in time O(N K D) for N rows
-and a queue of K, and with 16 bytes of memory a key. They take L2-normalised rows and compute in
-float32, or in float64 if the rows with gradient are float64. Copy this file alone if you like.
+Read dense_losses in tests/benchmark.py first: it defines both losses in 20 lines of plain matrices,
+with the paper's names. dscl_loss and pbsd_loss have the same values without a matrix of N rows and
+K keys of the queue. They take L2-normalised rows and compute in float32, or in float64 if the rows
+with gradient are float64. Copy this file alone if you like.
 """
 
 from numbers import Real
@@ -58,7 +58,7 @@ def _dscl(query, key, queue, contrast_labels, alpha, temperature, anchors):
     top = logits.amax(1, keepdim=True)  # [A, 1]
     exp_logits = logits.sub_(top).exp_()  # [A, 2B]
     sums = exp_logits.sum(1, keepdim=True), exp_logits @ batch
-    logsumexp, mean = _attend(scaled_anchor, queue, top, *sums)  # [A, 1], [A, D]
+    logsumexp, mean = _attend(scaled_anchor, queue, top, *sums)  # [A, 1], [A, D] of all of C_i
 
     # The sum over P_i is that of the anchor's class, without the anchor and its key.
     row = _rows_of_classes(contrast_labels, contrast_labels[:size][anchors])
@@ -76,19 +76,20 @@ def _dscl(query, key, queue, contrast_labels, alpha, temperature, anchors):
     target = alpha_i * own_key + weight * positive_sum  # [A, D]
     loss = (logsumexp - (scaled_anchor * target).sum(1, keepdim=True)).mean()
 
-    # The gradient in the queries as contrast samples, in logsumexp and in positive_sum, ...
+    # A times the gradient in z_j as a contrast sample, sum_i p_ij z_i / tau - weight_i z_i / tau,
+    # with i over all anchors in the first term and over those of its class in the second.
     p = exp_logits[:, :size] * (top - logsumexp).exp_()  # [A, B] softmax over C_i
-    class_sums.zero_().index_add_(0, of_anchor, weight * scaled_anchor)
-    gradient = torch.addmm(class_sums[of_query], p.T, scaled_anchor, beta=-1)  # [B, D]
-    # ... and as anchors; an anchor is not its own positive.
+    pull = torch.zeros_like(class_sums).index_add_(0, of_anchor, weight * scaled_anchor)
+    gradient = torch.addmm(pull[of_query], p.T, scaled_anchor, beta=-1)  # [B, D]
+    # In z_i as an anchor: (mean - target) / tau. It is not its own positive: that term comes back.
     gradient[anchors] += weight * scaled_anchor + (mean - target) / temperature
     return loss, gradient / len(anchor)
 
 
 def _rows_of_classes(labels, anchor_labels):
-    """The row of the class of each label in a table of A + 1 rows, where A is the anchors' number.
+    """The row of each label's class in a table of A + 1 rows for A anchors, sorted by class.
 
-    A class has the row of its first anchor, in order; the last is of all classes without an anchor.
+    A class has the row of its first anchor; all classes without an anchor share the last row.
     """
     classes, _ = anchor_labels.long().sort()
     row = torch.searchsorted(classes, labels.long()).clamp_(max=len(classes) - 1)
@@ -102,7 +103,7 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
 
     t runs over the image's own key z_i+ and the queue; labels are not used. p(z_t|q) is the softmax
     of z_t.q / tau over t, so log p(z_t|s) = z_t.s / tau - logsumexp(s). The p(z_t|c) sum to 1, so
-    sum_t -p(z_t|c) log p(z_t|s) = logsumexp(s) - s.A(c) / tau, where A(c) = sum_t p(z_t|c) z_t.
+    sum_t -p(z_t|c) log p(z_t|s) = logsumexp(s) - s.mean(c) / tau; mean(c) = sum_t p(z_t|c) z_t.
 
     roi [L, B, D]        region embeddings c_i[j] of the query view, the teacher; constant
     patch [L, B, D]      embeddings s_i[j] of the same regions as patches, the student; has gradient
@@ -121,27 +122,27 @@ def pbsd_loss(roi, patch, key, queue, *, temperature=0.07):
         own_logit = (both * own_key).sum(1, keepdim=True)
         logsumexp, mean = _attend(both, queue, own_logit, torch.ones_like(own_logit), own_key)
         _, student_logsumexp = logsumexp.chunk(2)  # [LB, 1]
-        teacher_mean, student_mean = mean.chunk(2)  # [LB, D] A(c) and A(s)
+        teacher_mean, student_mean = mean.chunk(2)  # [LB, D] mean(c), mean(s)
         _, student = both.chunk(2)  # [LB, D]
         loss = (student_logsumexp - (student * teacher_mean).sum(1, keepdim=True)).mean()
         gradient = (student_mean - teacher_mean) / (temperature * len(student))
     return _WithGradient.apply(patch, loss, gradient.view_as(patch))[0]
 
 
-# Logits in a block of 256 columns or more: 512 KB for a CPU's cache, 128 MB elsewhere.
+# Logits in a block, which has 256 columns or more: 512 KB for a CPU's cache, 128 MB elsewhere.
 BLOCK = {"cpu": 2**17}
 
 
-def _attend(query, bank, top, total, weighted_sum):
-    """Attention of scaled queries over a bank and the entries before it: logsumexp [N, 1], mean.
+def _attend(scaled, bank, top, total, weighted_sum):
+    """The logsumexp [N, 1] of the logits of scaled queries, and their softmax-weighted mean [N, D].
 
-    Of the entries before, top [N, 1] is the largest logit, total [N, 1] the sum of exp(logit - top)
-    and weighted_sum [N, D] that of exp(logit - top) z_m; the last two are changed in place.
+    They run over a bank and entries before it. Of these top [N, 1] is the largest logit; total
+    [N, 1] and weighted_sum [N, D], changed in place, sum exp(logit - top) and exp(logit - top) z_m.
     """
-    columns = max(256, BLOCK.get(query.device.type, 2**25) // max(1, len(query)))
-    block = query.new_empty(len(query), min(columns, len(bank)))  # used for all chunks
+    columns = max(256, BLOCK.get(scaled.device.type, 2**25) // max(1, len(scaled)))
+    block = scaled.new_empty(len(scaled), min(columns, len(bank)))  # used for all chunks
     for chunk in bank.split(columns) if len(bank) else ():
-        logits = torch.mm(query, chunk.T, out=block[:, : len(chunk)])
+        logits = torch.mm(scaled, chunk.T, out=block[:, : len(chunk)])
         last_top, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
         weights = logits.sub_(top).exp_()  # at most 1, whatever the norms
         rescale = (last_top - top).exp_()  # the sums so far were of exp(logit - last_top)
@@ -164,15 +165,15 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_value, grad_gradient):
-        if grad_gradient is not None:
+        if grad_gradient is not None:  # it is an output because otherwise this would be silent
             raise RuntimeError("the losses have no second derivative")
         (gradient,) = ctx.saved_tensors
-        return None if grad_value is None else grad_value[..., None] * gradient, None, None
+        return None if grad_value is None else grad_value * gradient, None, None
 
 
 def _prepare(tau, learned, *constants):
     """Check tau; convert all to float32, or to float64 if `learned` is."""
-    # A tensor would get no gradient; the inverse has to be a float32.
+    # A tensor would silently get no gradient, and 1 / tau must not overflow in float32.
     if not (isinstance(tau, Real) and 1e-38 < tau < float("inf")):
         allowed = "a Python number above 1e-38 (of a tensor: temperature.item())"
         raise ValueError(f"temperature must be {allowed}, got {tau!r}")

@@ -38,8 +38,7 @@ from torchvision.utils import draw_bounding_boxes, save_image
 
 from data import BadInput, BatchDataset, Batches, Draws, Progress, load_batches, seed_from
 from losses import dscl_loss, pbsd_loss
-from models import ARCHS, Encoder, Queue, frozen_running_statistics, load_pretrained
-from models import moving_average, smallest_sides
+from models import ARCHS, Encoder, Queue, load_pretrained, moving_average, smallest_sides
 
 STAGE = "stage 1 of DSCL + PBSD"
 CLASSIFIERS = ("ce", "la")  # the baselines of --loss that train a classifier
@@ -61,25 +60,25 @@ def dscl_pbsd_step(model, key_encoder, queue, images, labels, batch, args):
     # BatchNorm statistics could leak which key matches a query (shuffle BN).
     for_query, for_key = images
     count = args.patches if args.pbsd_weight else 0  # L; if it is 0, boxes and patches are None
+    # view [B, 3, V, V], boxes [L, B, 4], patches [L, B, 3, S, S]
     view, boxes, patches = data.query_views(for_query, batch.draws(), args, count)
-    # [B, 3, V, V], [L, B, 4], [L, B, 3, S, S]
     key_view = data.key_view(batch.shuffle(for_key), batch.draws(keys=True), args)  # [B, 3, V, V]
 
     # 2. Embeddings by each of E experts: vectors of length 1, float32. No gradient flows into the
-    # regions' c and the keys z+. The key encoder's average is updated before the step, as in MoCo.
+    # regions' c and the keys z+. The key encoder is updated before it embeds the keys, as in MoCo.
     with autocast(view.device, args.amp):
         z, c, s = model(view, boxes, patches)  # [E, B, D], [E, L, B, D], [E, L, B, D]
         with torch.no_grad():
             moving_average(key_encoder, model, args.momentum_encoder)
-            with frozen_running_statistics(key_encoder):  # which nothing reads
-                shuffled_keys, _, _ = key_encoder(key_view)  # [E, B, D]
+            shuffled_keys, _, _ = key_encoder(key_view)  # [E, B, D]
             all_keys = batch.gather_unshuffled(shuffled_keys)  # [E, N, D]
     all_queries, all_labels = gather_queries(z), gather(labels)  # [E, N, D], [N]
 
     # 3. The losses of this rank's images, for each expert with its own queue. In DSCL the queries
     # and keys of all ranks are contrast samples; the published code takes those of the local rank.
     own, tau = batch.positions, args.temperature
-    alpha, dscl, pbsd = None if args.loss == "scl" else args.alpha, [], []
+    alpha = None if args.loss == "scl" else args.alpha
+    dscl, pbsd = [], []
     for e in range(args.experts):
         dscl.append(dscl_loss(all_queries[e], all_keys[e], all_labels, queue.keys[e], queue.labels,
                               alpha=alpha, temperature=tau, anchors=own))
@@ -261,7 +260,7 @@ def distributed(encoder):
     if "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters:
         options["batched_grad_copy"] = True  # since torch 2.14: one copy instead of 163
     model = DistributedDataParallel(encoder, **options)
-    # BatchNorm's buffers are averaged at every record. As an argument torch 2.14 warns of this.
+    # average_statistics() does it at every record. Given as an argument, torch 2.14 would warn.
     model.broadcast_buffers = False
     return model
 
@@ -342,16 +341,16 @@ class ShuffledBatch:
         self.seed, self.step, self.device = args.seed, step, device
         self.batch_size = args.batch_size
         self.positions = self.key_positions = positions
-        self.place_of_key = None  # of each image's key among the keys of all ranks, [N]
+        self.place_of_key = None  # [N] where the key of each image is among the keys of all ranks
         if dist.is_initialized():
             world, seed = dist.get_world_size(), seed_from(args.seed, step, data.SHUFFLE)
             order = torch.randperm(args.batch_size, generator=torch.Generator().manual_seed(seed))
-            # Each rank's keys are sorted by image, because images come in the order of senders.
+            # Each rank's keys are sorted by image: images arrive sorted by sender, thus by image.
             order = np.sort(order.numpy().reshape(world, -1)).flatten()  # [N] the image of each key
             both = np.stack([order, order.argsort()])
             # How many images come from and go to each rank: the host knows it without the GPU.
-            ranks = both[:, positions] * world // args.batch_size
-            self.counts = [np.bincount(rank, minlength=world).tolist() for rank in ranks]
+            peers = both[:, positions] * world // args.batch_size
+            self.counts = [np.bincount(row, minlength=world).tolist() for row in peers]
             both = torch.tensor(both)
             both = both.pin_memory() if device.type == "cuda" else both
             order, self.place_of_key = both.to(device, non_blocking=True)

@@ -180,12 +180,12 @@ def dense_losses(z, z_plus, y, M, y_M, c, s, alpha=0.1, tau=0.07):
     own_key[torch.arange(B), torch.arange(B) + B] = 1
     P = same_class * not_itself - own_key  # 1 for the positives P_i
     P_size = P.sum(1, keepdim=True)  # [B, 1] |P_i|
-    alpha = torch.where(P_size > 0, alpha, 1.0)  # with P_i empty, all weight is that of z_i+
-    w = alpha * own_key + (1 - alpha) * P / P_size.clamp(min=1)  # w_t / (|P_i| + 1), sum 1
+    alpha_i = torch.where(P_size > 0, alpha, 1.0)  # with P_i empty, all weight is that of z_i+
+    share = alpha_i * own_key + (1 - alpha_i) * P / P_size.clamp(min=1)  # w_t / (|P_i| + 1), sum 1
     logits = z @ contrast.T / tau
     logits = logits - logits.max(dim=1, keepdim=True).values.detach()
     log_total = (logits.exp() * not_itself).sum(1, keepdim=True).log()
-    dscl = -((logits - log_total) * w).sum(1).mean()
+    dscl = -((logits - log_total) * share).sum(1).mean()
 
     def logits_of(q):  # [L, B, 1 + K] over z_i+ and M
         return torch.cat([(q * z_plus).sum(-1, keepdim=True), q @ M.T], dim=-1) / tau

@@ -707,7 +707,7 @@ def test_held_images_give_the_views_of_their_files_and_are_read_once(tmp_path, c
         data.ImageFiles(tmp_path, names, [0] * 3, "made").hold(cfg, threads=2)
 
 
-def test_held_jpegs_are_decoded_at_a_fraction_that_makes_crops_grow_by_six_percent_at_most(tmp_path):
+def test_held_jpegs_are_decoded_at_a_fraction_by_which_crops_grow_little(tmp_path):
     for name, height in (("0.jpg", 224), ("1.jpg", 218)):  # a quarter is 0.95 or 0.93 of 59
         Image.fromarray(photograph(np.random.default_rng(0), 300, height)).save(tmp_path / name)
     files = data.ImageFiles(tmp_path, [b"0.jpg", b"1.jpg"], [0] * 2, "made")

@@ -201,7 +201,7 @@ def test_only_query_and_patch_receive_gradient():
 
 
 def bank_attention(query, bank, temperature):
-    """logsumexp [N] and mean [N, D] of the attention over the bank, whose first entry goes first."""
+    """logsumexp [N] and mean [N, D] of the attention over the bank; its first entry goes first."""
     first = bank[:1].repeat(len(query), 1)
     scaled = query / temperature
     top = (scaled * first).sum(1, keepdim=True)
