@@ -415,7 +415,7 @@ class ImageFiles:
                 return turned(pixels, exif_orientation(image) if self.upright else 1)
 
         pixels, few, progress = [], [], Progress(len(self))
-        with ThreadPool(threads) as pool:
+        with thread_pool(threads) as pool:
             for done, image in enumerate(pool.imap(read, range(len(self)), 8), 1):
                 few.append(image.permute(1, 2, 0))  # channels last, as resize() is fast
                 # Copied to large blocks they leave no gaps in memory between decoded images.
@@ -427,6 +427,17 @@ class ImageFiles:
                     few = []
                 progress.show(done, f"reading images: {done:,} of {len(self):,}")
         self.pixels = pixels
+
+
+@contextmanager
+def thread_pool(threads):
+    """A pool whose threads have ended when it is left: at the exit of Python torch would abort."""
+    pool = ThreadPool(threads)
+    try:
+        yield pool
+    finally:
+        pool.terminate()
+        pool.join()
 
 
 def free_memory():
@@ -1072,8 +1083,8 @@ def check_files(sets, decoding, threads):
     for split, dataset in sets.items():
         paths, progress = list(map(dataset.path, range(len(dataset)))), Progress(len(dataset))
         before = len(problems)
-        with ThreadPool(max(1, threads)) as pool:
-            for index, (said, key) in enumerate(pool.imap(examine, paths, 64)):
+        with thread_pool(max(1, threads)) as pool:
+            for index, (said, key) in enumerate(pool.imap(examine, paths, 16)):
                 found = split, int(dataset.labels[index])
                 twin, where = seen.setdefault(key, (paths[index], found))
                 if where != found or (twin == paths[index] and where is not found):

@@ -292,7 +292,7 @@ def fit_on_all(features, labels, penalty, prior, folds=5):
         logits[out] = classifier.logits(features[:, out])[0]
     temperature = best_temperature(logits[unseen], labels[unseen], prior)
     words = calibration_words(calibration(logits[unseen] / temperature, labels[unseen], prior))
-    data.say(f"model.pth has a classifier of all {len(labels)} images; its probabilities by "
+    data.say(f"classifier of all {len(labels)} images for model.pth; probabilities by "
              f"cross-validation: {words}")
     classifier = fit_heads(features, labels, penalty)
     classifier = set_prior(classifier, labels.bincount() / len(labels), prior)
@@ -577,6 +577,8 @@ def write_results(args, results, dataset, logits):
         lines.append(json.dumps(image | dict(probability=round(probabilities[index].item(), 6))))
     save(args.output / "predictions.jsonl", "\n".join(lines) + "\n")
 
+    if args.fit_on == "all":
+        print("below: the classifier of the training images; model.pth's accuracy is not measured")
     print(table(results))
     if results["experts"]:
         print("each expert alone: " + ", ".join(map(accuracy_words, results["experts"])))
@@ -874,7 +876,7 @@ def draw_activation(directory, results, encoder, classifier, logits, dataset, cf
     strips = []
     for label, other in zip(labels.tolist(), predicted[indices].tolist()):
         verdict = "right" if label == other else f"wrong: classified as {names[other]}"
-        title = f"{names[label]}: {counts[label]} training images; its evidence is red"
+        title = f"{names[label]}, {counts[label]} training images; red: for it"
         strips.append(pil_to_tensor(caption([title, verdict], 2 * side)) / 255)
     both = torch.cat([both, torch.stack(strips)], dim=2)
     save_image(both, directory / "activation.png", nrow=3, pad_value=1)

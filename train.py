@@ -600,6 +600,8 @@ def refuse_differences(path, before, args):
     if before.get("stage1 step", 0) < now.get("stage1 step", 0):
         before["stage1 step"] = now["stage1 step"]
     differ = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    if "steps" in differ and "epochs" in differ:
+        differ.remove("epochs")  # which follow from the steps
     if differ:
         pairs = {name: difference(before.get(name), now.get(name)) for name in differ}
         differences = "; ".join(f"{name} {text}" for name, text in pairs.items())

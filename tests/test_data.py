@@ -9,6 +9,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 
 import build_fashion_mnist_lt
@@ -1018,3 +1020,12 @@ def test_help_shows_the_settings_of_the_data_set(dataset, monkeypatch, capsys, t
             value = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
             shown = re.findall(r"\(default: .*?\)", texts[name.replace("_", "-")])
             assert shown == [f"(default: {value})"]
+
+
+def test_threads_have_ended_when_their_pool_is_left():
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), data.thread_pool(2) as pool:
+        for number in pool.imap(lambda n: time.sleep(0.01) or n, range(1000), 4):
+            if number == 5:
+                raise KeyboardInterrupt
+    assert threading.active_count() == before

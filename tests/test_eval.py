@@ -497,9 +497,10 @@ def test_model_says_what_it_is_and_one_of_all_images_stays(evaluated, small_run)
     predicted = evaluate_run("--predict", small_run / "data" / "test" / "ant")
     assert predicted.err.splitlines()[0] == f"{run}/model.pth: {words}"
 
-    said = evaluate_run("--penalty", 0.1, "--fit-on", "all").err
+    printed, said = evaluate_run("--penalty", 0.1, "--fit-on", "all")
+    assert printed.startswith("below: the classifier of the training images; model.pth's accuracy")
     assert "fitted on all 51 images, prior balanced" in said
-    assert re.search("has a classifier of all 51 images; .*cross-validation.* % are right", said)
+    assert re.search("classifier of all 51 images for model.pth; .*cross-validation.* % are right", said)
     of_all = (run / "model.pth").read_bytes()
     said = evaluate_run("--penalty", 0.1, "--plots", run / "plots").err
     assert (run / "model.pth").read_bytes() == of_all

@@ -476,6 +476,14 @@ def test_stage_2_resumes_from_its_last_epoch(trained, tmp_path, call, monkeypatc
     assert states_equal(*contents)
 
 
+def test_epochs_that_follow_from_other_steps_are_not_named():
+    now = argparse.Namespace(steps=120, epochs=30)
+    with pytest.raises(BadInput, match=r"another run \(steps was 60, now 120\)"):
+        train.refuse_differences("log.jsonl", dict(steps=60, epochs=15), now)
+    with pytest.raises(BadInput, match=r"another run \(epochs was 15, now 30\)"):
+        train.refuse_differences("log.jsonl", dict(steps=120, epochs=15), now)
+
+
 def test_different_settings_in_the_same_output_are_refused_and_listed(
     trained, small_root, tmp_path, call
 ):
@@ -596,7 +604,7 @@ def test_probabilities_are_calibrated_on_val_and_predictions_stay(trained, tmp_p
     # The final classifier may see all images; the accuracies are those of the honest one.
     heads = torch.load(tmp_path / "a" / "model.pth", weights_only=True)["model"]["heads.0.weight"]
     said = call(stage2, *given, tmp_path / "a", "--fit-on", "all").err
-    assert re.search("model.pth has a classifier of all [0-9]+ images", said)
+    assert re.search("classifier of all [0-9]+ images for model.pth", said)
     again = json.loads((tmp_path / "a" / "results.json").read_text())
     assert again["fit_on"] == "all" and results["fit_on"] == "train"
     assert again["per_class"] == results["per_class"]
