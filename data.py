@@ -119,6 +119,8 @@ def note_once(kind, text):
 
 # ----------------------------------------------------------------------------- views and patches
 
+# cfg: the arguments of train.py.
+
 
 @lru_cache
 def constant(values, device):
